@@ -1,0 +1,470 @@
+"""gpt.py: a small GPT for one text file, from its characters to a trained model and back.
+
+    python gpt.py train --minutes 5             # train on tiny Shakespeare
+    python gpt.py generate --prompt "ROMEO:"    # let the best checkpoint go on from a prompt
+    python gpt.py evaluate                      # its loss over the whole validation split
+    torchrun --nproc_per_node=4 gpt.py train    # the same training on four GPUs
+
+gpt_from_scratch.ipynb explains every line and writes this file: make changes there."""
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch>=2.11,<2.14"]
+# ///
+import argparse, array, hashlib, json, math, os, signal, sys, time, urllib.request
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+import torch
+import torch.nn.functional as F
+from torch import distributed, nn
+
+# ---- configuration -------------------------------------------------------------------------------
+class UserError(Exception):
+    """A mistake that the user can mend: the command line prints it in one line and exits with 2."""
+
+def check(fits, advice):
+    """Raise UserError(advice) unless `fits`."""
+    if not fits:
+        raise UserError(advice)
+
+LOG = sys.stderr if os.environ.get("RANK", "0") == "0" else open(os.devnull, "w")
+
+def option(default, meaning):
+    return field(default=default, metadata={"meaning": meaning})
+
+@dataclass(frozen=True)
+class Config:
+    """Shape of the model and plan of its training. UserError for values that can't work."""
+    n_layer: int = option(6, "layers")
+    n_head: int = option(6, "attention heads per layer")
+    n_embd: int = option(384, "channels, a multiple of 2 * n_head")
+    block_size: int = option(256, "context length in characters")
+    vocab_size: int = option(65, "distinct characters; the text decides")
+    batch_size: int = option(64, "sequences per step, over all processes")
+    gradient_accumulation_steps: int = option(1, "parts of a batch, one after the other")
+    max_iters: int = option(2000, "optimizer steps")
+    minutes: float = option(0.0, "train for this wall time instead of max_iters; 0: off")
+    learning_rate: float = option(0.02, "peak rate of Muon, for the matrices of the layers")
+    adamw_learning_rate: float = option(0.004, "peak rate of AdamW, for embedding and head")
+    decay_fraction: float = option(0.8, "last part of training, in which the rates fall to 0")
+    weight_decay: float = option(0.2, "decoupled decay of the matrices")
+    dropout: float = option(0.1, "share of the numbers dropped from each branch")
+    eval_interval: int = option(250, "steps between evaluations")
+    seed: int = option(1, "seed of weights, batches and dropout")
+
+    def __post_init__(self):
+        for f in fields(self):
+            value, least = getattr(self, f.name), int(f.type is int and f.name != "seed")
+            check(type(value) in (int, f.type) and least <= value < 2**31,
+                  f"{f.name} must be {f.type.__name__}, at least {least}, not {value!r}")
+        check(self.n_embd % (2 * self.n_head) == 0, f"n_embd ({self.n_embd}) must be a multiple of "
+              f"2 * n_head ({2 * self.n_head}), so that every head has an even size")
+        check(self.dropout < 1 and 0 < self.decay_fraction <= 1,
+              "dropout must be below 1, decay_fraction above 0 and at most 1")
+
+PRESETS = {"cpu": dict(n_head=2, n_embd=128, batch_size=8, adamw_learning_rate=0.005,
+                       weight_decay=0.1, dropout=0.0)}  # where they differ from the defaults
+OUT_DIR = "outputs/runs/shakespeare"
+
+# ---- data ----------------------------------------------------------------------------------------
+TEXT, BUNDLED = Path("data/tinyshakespeare.txt"), Path("data/the_salt_tide.txt")
+URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+
+def write(path, content):
+    """Replace a file by bytes, or by a checkpoint: afterwards it is all old or all new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{path}.tmp", "wb") as file:
+        file.write(content) if isinstance(content, bytes) else torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(f"{path}.tmp", path)
+
+def find_text():
+    """Path of tiny Shakespeare, downloaded if missing, or without a network of a bundled play."""
+    source = TEXT.resolve().as_uri() if TEXT.exists() else URL
+    try:
+        content = urllib.request.urlopen(source, timeout=20).read()
+    except OSError as error:
+        check(BUNDLED.exists(), f"no network: save {URL} as {TEXT}, or name a text with --data")
+        print(f"no tiny Shakespeare ({error}): using {BUNDLED} instead", file=LOG)
+        return BUNDLED
+    check(hashlib.sha256(content).hexdigest() == SHA256, f"{source} has a wrong SHA-256: put the "
+          f"right file at {TEXT}, or train on a text of your own with --data")
+    if source == URL:
+        write(TEXT, content)
+    return TEXT
+
+class CharTokenizer:
+    """Numbers the distinct characters of a text in the order of their code points."""
+    def __init__(self, text):
+        self.chars = "".join(sorted(set(text)))
+        self.ids = {char: i for i, char in enumerate(self.chars)}
+
+    def encode(self, text):
+        """Ids of a text, int32 (T,). UserError if it is empty or has characters without an id."""
+        unknown = " ".join(map(repr, sorted(set(text) - set(self.ids))))
+        check(text and not unknown, f"the training text lacks {unknown or 'an empty text'}")
+        return torch.frombuffer(array.array("i", map(self.ids.get, text)), dtype=torch.int32)
+
+    def decode(self, ids):
+        return "".join(self.chars[i] for i in ids)
+
+def load_text(path, tokenizer=None):
+    """Tokenizer, ids to train on (first 90 %) and to validate (last 10 %) of a UTF-8 text file."""
+    text = Path(path).read_text("utf-8-sig", "replace")
+    check(text and not {"\0", "\ufffd"} & set(text), f"{path} is empty or not UTF-8 text")
+    tokenizer = tokenizer or CharTokenizer(text)
+    ids, cut = tokenizer.encode(text), int(0.9 * len(text))
+    return tokenizer, ids[:cut], ids[cut:]
+
+def get_batch(data, batch_size, block_size, seed):
+    """Random windows of `data` and the same one character later, (B, T) each, fixed by `seed`."""
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.randint(len(data) - block_size, (batch_size, 1), generator=generator)
+    window = data[(start + torch.arange(block_size + 1)).to(data.device)].long()  # (B, T + 1)
+    return window[:, :-1], window[:, 1:]
+
+# ---- model ---------------------------------------------------------------------------------------
+def norm(x):
+    """RMSNorm over the last axis, without weights (Zhang and Sennrich, 2019)."""
+    return F.rms_norm(x, (x.size(-1),))
+
+def rotary(x, start):
+    """Rotate pairs of channels of x (B, H, T, D), at positions from `start` (Su et al., 2021)."""
+    T, D = x.shape[-2:]
+    speeds = 10000.0 ** (-torch.arange(0, D, 2, device=x.device) / D)
+    angles = torch.outer(torch.arange(start, start + T, device=x.device), speeds)  # (T, D / 2)
+    (a, b), cos, sin = x.chunk(2, dim=-1), angles.cos(), angles.sin()
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+def attention(q, k, v):
+    """Causal attention of T queries (B, H, T, D), the last of S positions, to k, v (B, H, S, D)."""
+    T, S = q.size(-2), k.size(-2)
+    mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    if q.device.type == "cpu" and torch.is_grad_enabled():  # there the fused backward is slower
+        scores = (q @ k.mT / math.sqrt(q.size(-1))).masked_fill(~mask, -math.inf)
+        return scores.softmax(-1).to(v.dtype) @ v
+    return F.scaled_dot_product_attention(q, k, v, None if T == S else mask, is_causal=T == S)
+
+class KVCache:
+    """Keys and values, (L, 2, B, H, block_size, D), of the `length` characters read so far."""
+    def __init__(self, config, batch_size, device):
+        shape = 2, batch_size, config.n_head, config.block_size, config.n_embd // config.n_head
+        self.kv, self.length = torch.zeros(config.n_layer, *shape, device=device), 0
+
+    def append(self, layer, k, v):
+        """Add a layer's keys and values (B, H, T, D); return all that it has, 2 x (B, H, S, D)."""
+        end = self.length + k.size(-2)
+        self.kv[layer, ..., self.length:end, :] = torch.stack((k, v))
+        return self.kv[layer, ..., :end, :]
+
+class GPT(nn.Module):
+    """Transformer from ids (B, T) to logits (B, T, V). Stacks hold one matrix for every layer,
+    (L, rows, columns). Those that write to the stream start at zero: a new layer does nothing."""
+    def __init__(self, config):
+        super().__init__()
+        self.config, L, C, V = config, config.n_layer, config.n_embd, config.vocab_size
+        self.embedding = nn.Parameter(torch.randn(V, C))
+        self.qkv = nn.Parameter(torch.randn(L, 3 * C, C) / math.sqrt(3 * C))
+        self.out = nn.Parameter(torch.zeros(L, C, C))
+        self.up = nn.Parameter(torch.randn(L, 4 * C, C) / math.sqrt(3 * C))
+        self.down = nn.Parameter(torch.zeros(L, C, 4 * C))
+        self.head = nn.Parameter(torch.zeros(V, C))
+
+    def forward(self, idx, cache=None):
+        """Logits for ids that go on from what `cache`, if there is one, has seen."""
+        (B, T), H, start = idx.shape, self.config.n_head, cache.length if cache else 0
+        p = self.config.dropout * self.training
+        x = norm(F.embedding(idx, self.embedding))  # (B, T, C)
+        for layer, (qkv, out, up, down) in enumerate(zip(self.qkv, self.out, self.up, self.down)):
+            q, k, v = F.linear(norm(x), qkv).view(B, T, 3, H, -1).permute(2, 0, 3, 1, 4)
+            q, k = rotary(norm(q), start), rotary(norm(k), start)  # (B, H, T, D), QK norm
+            k, v = cache.append(layer, k, v) if cache else (k, v)  # (B, H, S, D)
+            y = attention(q, k, v).transpose(1, 2).reshape(B, T, -1)  # (B, T, C)
+            x = x + F.dropout(F.linear(y, out), p)
+            y = F.relu(F.linear(norm(x), up)).square()  # (B, T, 4C), ReLU^2 (So et al., 2021)
+            x = x + F.dropout(F.linear(y, down), p)
+        if cache:
+            cache.length += T
+        return F.linear(norm(x), self.head)  # (B, T, V)
+
+# ---- optimizer -----------------------------------------------------------------------------------
+def orthogonalize(x):
+    """Nearly U V^T for each U S V^T in x (L, rows, columns), by Newton-Schulz (Jordan, 2024)."""
+    if x.size(-2) > x.size(-1):
+        return orthogonalize(x.mT).mT
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x
+
+class Muon(torch.optim.Optimizer):
+    """Orthogonalised Nesterov momentum (Jordan et al., 2024) for matrices or stacks of them."""
+    def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            lr, momentum = group["lr"], group["momentum"]
+            for p in group["params"]:
+                average = self.state[p].setdefault("average", torch.zeros_like(p))
+                average.lerp_(p.grad, 1 - momentum)
+                update = orthogonalize(p.grad.lerp(average, momentum))
+                scale = max(1, p.size(-2) / p.size(-1)) ** 0.5
+                p.mul_(1 - lr * group["weight_decay"]).sub_(update, alpha=lr * scale)
+
+def make_optimizers(model, config):
+    """Muon for the stacks of matrices, AdamW for embedding and head."""
+    stacks, tables = [model.qkv, model.out, model.up, model.down], [model.embedding, model.head]
+    return [Muon(stacks, config.learning_rate, weight_decay=config.weight_decay),
+            torch.optim.AdamW(tables, config.adamw_learning_rate, (0.9, 0.95), weight_decay=0)]
+
+# ---- training ------------------------------------------------------------------------------------
+@torch.no_grad()
+def evaluate(model, data, block_size):
+    """Mean loss of a function from ids (B, T) to logits (B, T, V), in nats per character, over all
+    of `data` in windows that don't overlap. Nothing is drawn at random."""
+    total = 0.0
+    for x, y in zip(data[:-1].split(block_size), data[1:].long().split(block_size)):
+        total += F.cross_entropy(model(x[None])[0].float(), y, reduction="sum").item()
+    return total / (len(data) - 1)
+
+def pick_device(device="auto", dtype="auto"):
+    """torch.device, and the number format of its matrix products: the fastest it has units for."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.mps.is_available(), "cpu": True}
+    device = next(name for name in there if there[name]) if device == "auto" else device
+    check(there.get(device), f"there is no {device} here: use --device auto or --device cpu")
+    best, chip = "float32", torch.cpu.get_capabilities() if device == "cpu" else {}
+    if device == "cuda":  # torch.cuda.is_bf16_supported() says yes on a T4, which only emulates it
+        best = "bfloat16" if torch.cuda.get_device_capability() >= (8, 0) else "float16"
+    elif chip.get("avx512_bf16") or chip.get("amx_bf16"):
+        best = "bfloat16"
+    return torch.device(device), getattr(torch, best if dtype == "auto" else dtype)
+
+def load(path, device):
+    """Model, tokenizer and content of a checkpoint. Reads tensors and values, and runs no code."""
+    try:
+        saved = torch.load(path, map_location=device, weights_only=True)
+        with torch.device("meta"):  # shapes must agree before memory is taken
+            model = GPT(Config(**saved["config"]))
+        model.load_state_dict(saved["model"], assign=True)
+        return model.eval(), CharTokenizer(saved["chars"]), saved
+    except Exception as error:
+        raise UserError(f"{path} is missing or no checkpoint of gpt.py ({type(error).__name__})")
+
+def try_compile(model, x, autocast):
+    """The model compiled for batches like x (B, T), or the model, with a notice, if that fails."""
+    try:
+        compiled = torch.compile(model, dynamic=False)
+        autocast(compiled)(x).sum().backward()
+        return compiled
+    except Exception as error:  # no C++ compiler, no Triton, an old GPU: each has its own type
+        print(f"torch.compile fails here ({type(error).__name__}): training without it", file=LOG)
+        return model
+
+def train(config, data="", out_dir=OUT_DIR, resume=False, device="auto", dtype="auto",
+          compile="auto", caught=()):
+    """Train a GPT on a text; write last.pt, best.pt, metrics.jsonl and run.json into out_dir and
+    return what run.json holds. Saves and stops once a signal number is in `caught`."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1 and not distributed.is_initialized():
+        distributed.init_process_group()
+        torch.cuda.is_available() and torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    (device, dtype), path, out_dir = pick_device(device, dtype), data or find_text(), Path(out_dir)
+    check(resume or not Path(out_dir, "last.pt").exists(),
+          f"{out_dir} holds a run: --resume it, or name another --out_dir")
+    tokenizer, train_data, val_data = load_text(path)
+    config = replace(config, vocab_size=len(tokenizer.chars))
+    parts, tokens = config.gradient_accumulation_steps, config.batch_size * config.block_size
+    check(len(train_data) > config.block_size and len(val_data) > 1,
+          f"{path} is too short for a block_size of {config.block_size}: lower it or use more text")
+    check(config.batch_size % (world * parts) == 0, f"batch_size ({config.batch_size}) must be a "
+          f"multiple of {world} processes x {parts} gradient_accumulation_steps")
+    torch.manual_seed(config.seed)
+    model = GPT(config).to(device)
+    progress = {"step": 0, "seconds": 0.0, "loss_sum": 0.0, "val_loss": math.inf,
+                "best_val_loss": math.inf, "metrics": []}
+    run = {"config": asdict(config), "chars": tokenizer.chars, "data": str(path),
+           "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest(), "device": str(device),
+           "precision": str(dtype)[6:], "processes": world, "torch": str(torch.__version__),
+           "parameters": sum(p.numel() for p in model.parameters()),
+           "train_characters": len(train_data), "val_characters": len(val_data), **progress}
+    if resume:
+        model, _, saved = load(out_dir / "last.pt", device)
+        for key in ("config", "sha256"):
+            check(saved[key] == run[key], f"{out_dir} had another {key}: {saved[key]}; go on as it "
+                  "was, or name another --out_dir")
+        run |= {key: saved[key] for key in progress}
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
+    keepers = [scaler, *make_optimizers(model.train(), config)]
+    for keeper, state in zip(keepers, saved["state"] if resume else ()):
+        keeper.load_state_dict(state)
+    train_data, val_data, forward = train_data.to(device), val_data.to(device), model
+    autocast = torch.autocast(device.type, dtype, enabled=dtype is not torch.float32)
+    if compile == "on" or compile == "auto" and (config.minutes or config.max_iters > 200):
+        x = train_data[:config.block_size].expand(config.batch_size // world // parts, -1)
+        forward = try_compile(model, x, autocast)
+        model.zero_grad()
+    run["compiled"] = forward is not model
+    print(f"{run['parameters']:,} parameters, {device}, {run['precision']}, "
+          f"{len(train_data):,} characters of {path}{', compiled' * run['compiled']}", file=LOG)
+    forward = autocast(nn.parallel.DistributedDataParallel(forward) if world > 1 else forward)
+    begin = time.perf_counter() - run["seconds"]
+    evaluated, resumed = run["metrics"][-1]["step"] if run["metrics"] else 0, time.perf_counter()
+    while True:
+        step, run["seconds"] = run["step"], time.perf_counter() - begin
+        done = run["seconds"] / 60 / config.minutes if config.minutes else step / config.max_iters
+        shared = torch.tensor([done, len(caught)], device=device if world > 1 else None)
+        if world > 1:  # clock and signals of the first process decide for all
+            distributed.broadcast(shared, 0)
+        done, stop = shared.tolist()
+        factor = min(1.0, max(0.0, 1 - done) / config.decay_fraction)
+        due = step > evaluated and (done >= 1 or step % config.eval_interval == 0)
+        if due and rank == 0:
+            speed = (step - evaluated) * tokens / (time.perf_counter() - resumed)
+            train_loss = float(run["loss_sum"]) / (step - evaluated)
+            check(math.isfinite(train_loss), f"the loss is {train_loss} by step {step}: go on from "
+                  "the last checkpoint with --resume, or start again with a lower learning_rate")
+            val_loss = evaluate(model.eval(), val_data, config.block_size)
+            model.train()
+            better = val_loss < run["best_val_loss"]
+            run |= {"val_loss": val_loss, "best_val_loss": min(val_loss, run["best_val_loss"])}
+            run["metrics"].append({"step": step, "tokens": step * tokens, "seconds": run["seconds"],
+                                   "train_loss": train_loss, "val_loss": val_loss,
+                                   "learning_rate": config.learning_rate * factor,
+                                   "tokens_per_second": speed})
+            left = max(0.0, 1 / done - 1) * run["seconds"] / 60
+            print(f"step {step}: train {train_loss:.4f}, val {val_loss:.4f}, {speed:,.0f} "
+                  f"tokens/s, {left:.1f} minutes left", file=LOG)
+            run["loss_sum"], evaluated, resumed = 0.0, step, time.perf_counter()
+        if (due or stop) and rank == 0:
+            content = run | {"model": model.state_dict()}
+            write(out_dir / "last.pt", content | {"state": [k.state_dict() for k in keepers]})
+            if due and better:
+                write(out_dir / "best.pt", content)
+            rows = "".join(json.dumps(row) + "\n" for row in run["metrics"])
+            write(out_dir / "metrics.jsonl", rows.encode())
+            write(out_dir / "run.json", json.dumps(run, indent=1, default=float).encode())
+        if stop:
+            print(f"saved at step {step}: --resume goes on from there", file=LOG)
+        if done >= 1 or stop:
+            return run
+        seed = config.seed * 2**31 + step  # with weights and optimizers, all that makes the step
+        torch.manual_seed(seed * world + rank)
+        batch = get_batch(train_data, config.batch_size, config.block_size, seed)
+        for x, y in zip(*(side.chunk(world)[rank].chunk(parts) for side in batch)):
+            loss = F.cross_entropy(forward(x).flatten(0, 1).float(), y.flatten()) / parts
+            scaler.scale(loss).backward()
+            run["loss_sum"] += loss.detach()
+        for optimizer, peak in zip(keepers[1:], (config.learning_rate, config.adamw_learning_rate)):
+            optimizer.param_groups[0]["lr"] = peak * factor
+            autocast(scaler.step)(optimizer)
+        scaler.update()
+        model.zero_grad()
+        run["step"] += 1
+
+# ---- sampling ------------------------------------------------------------------------------------
+def sample_next(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
+    """One id for each row of logits (B, V), int64 (B, 1) on the CPU. Temperature 0 takes the
+    likeliest. top_k 0 and top_p 1 keep all characters (top-p: Holtzman et al., 2020)."""
+    logits = logits.float().cpu()
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
+    probs, ids = logits.softmax(-1).sort(-1, descending=True)
+    keep = probs.cumsum(-1) - probs < top_p  # those before it don't reach top_p yet
+    keep[:, top_k or len(probs[0]):] = False
+    return ids.gather(-1, torch.multinomial(probs * keep, 1, generator=generator))
+
+@torch.no_grad()
+def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, seed=1):
+    """Go on from idx (B, T), character by character: yields max_new_tokens ids (B, 1). When the
+    window is full, or the prompt longer, the model reads the last half window again."""
+    check(temperature >= 0 and top_k >= 0 and 0 < top_p <= 1,
+          "temperature and top_k must be at least 0, top_p above 0 and at most 1")
+    block_size, device, seen = model.config.block_size, model.head.device, idx
+    generator, cache = torch.Generator().manual_seed(seed), KVCache(model.config, len(idx), device)
+    for _ in range(max_new_tokens):
+        if cache.length + idx.size(1) > block_size:
+            cache.length, idx = 0, seen[:, -max(1, block_size // 2):]
+        logits = model(idx.to(device), cache)[:, -1]  # (B, V)
+        idx = sample_next(logits, temperature, top_k, top_p, generator)
+        seen = torch.cat((seen, idx), dim=1)
+        yield idx
+
+# ---- command line --------------------------------------------------------------------------------
+FLAGS = {f.name: ("train", f.default, f.metadata["meaning"]) for f in fields(Config)} | {
+    "data": ("train evaluate", "", "UTF-8 text, instead of tiny Shakespeare"),
+    "out_dir": ("train", OUT_DIR, "folder of the run"),
+    "resume": ("train", False, "go on with the run in out_dir"),
+    "device": ("train generate evaluate", ("auto", "cpu", "cuda", "mps"), "where to compute"),
+    "dtype": ("train", ("auto", "float32", "bfloat16", "float16"), "format of matrix products"),
+    "compile": ("train", ("auto", "on", "off"), "use torch.compile"),
+    "checkpoint": ("generate evaluate", f"{OUT_DIR}/best.pt", "model to load"),
+    "prompt": ("generate", "\n", "text to go on from"),
+    "prompt_file": ("generate", "", "UTF-8 file that holds the prompt"),
+    "max_new_tokens": ("generate", 500, "characters to write"),
+    "num_samples": ("generate", 1, "texts to write"),
+    "temperature": ("generate", 0.8, "0 takes the likeliest character, 1 samples as learned"),
+    "top_k": ("generate", 0, "choose among the k likeliest characters; 0: all"),
+    "top_p": ("generate", 1.0, "choose among the likeliest that make up this share"),
+    "seed": ("train generate", 1, "seed of weights, batches and dropout, or of the text")}
+
+def main(argv=None):
+    """Run a command line and return its exit status."""
+    parser = argparse.ArgumentParser("gpt.py", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: check(False, f"{message}; --help shows all flags")
+    caught, defaults = [], {}
+    parser.add_argument("command", choices=["train", "generate", "evaluate"])
+    for name, (commands, default, meaning) in FLAGS.items():
+        kind = {"choices": default} if type(default) is tuple else {"type": type(default)}
+        kind = {"action": "store_true"} if default is False else kind
+        first = default[0] if type(default) is tuple else default
+        defaults[name] = first
+        parser.add_argument(f"--{name}", default=argparse.SUPPRESS, **kind,
+                            help=f"{meaning} (for {commands}; default: {first!r})")
+    try:
+        given = vars(parser.parse_args(argv))
+        command = given.pop("command")
+        for name in given:
+            check(command in FLAGS[name][0], f"--{name} is for {FLAGS[name][0]}, not for {command}")
+        args = argparse.Namespace(**defaults | given)
+        device, _ = pick_device(args.device)
+        if command == "train":
+            for number in (signal.SIGINT, signal.SIGTERM):  # finish the step, save, and stop
+                signal.signal(number, lambda number, frame: caught.append(number))
+            base = PRESETS.get(device.type, {})
+            if args.resume:
+                base = load(Path(args.out_dir, "last.pt"), "cpu")[2]["config"]
+            chosen = {f.name: given[f.name] for f in fields(Config) if f.name in given}
+            train(Config(**base | chosen), args.data, args.out_dir, args.resume, args.device,
+                  args.dtype, args.compile, caught)
+            return 128 + caught[0] if caught else 0
+        model, tokenizer, saved = load(args.checkpoint, device)
+        if command == "evaluate":
+            _, _, val_data = load_text(args.data or saved["data"], tokenizer)
+            loss = evaluate(model, val_data.to(device), model.config.block_size)
+            print(f"{loss:.5f} nats and {loss / math.log(2):.5f} bits per character, "
+                  f"perplexity {math.exp(loss):.4f}")
+            return 0
+        prompt = Path(args.prompt_file).read_text("utf-8-sig") if args.prompt_file else args.prompt
+        idx = tokenizer.encode(prompt).long()[None]
+        for i in range(args.num_samples):
+            text = prompt if i == 0 else f"\n---\n{prompt}"
+            for token in generate(model, idx, args.max_new_tokens, args.temperature, args.top_k,
+                                  args.top_p, args.seed + i):
+                print(text + tokenizer.decode(token[0]), end="", flush=True)
+                text = ""
+        print()
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+if __name__ == "__main__":
+    sys.exit(main())

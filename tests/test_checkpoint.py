@@ -1,0 +1,128 @@
+import json
+import pickle
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import gpt
+from conftest import ROOT, same, weights
+
+
+def rows(out_dir):
+    """The metrics without what the clock decides."""
+    lines = (out_dir / "metrics.jsonl").read_text().splitlines()
+    return [{key: value for key, value in json.loads(line).items() if "second" not in key}
+            for line in lines]
+
+
+def cut_at(monkeypatch, step):
+    """Let training die when it draws the batch of a step."""
+    draw = gpt.get_batch
+
+    def get_batch(data, batch_size, block_size, seed):
+        if seed % 2**31 == step:
+            raise RuntimeError("cut")
+        return draw(data, batch_size, block_size, seed)
+
+    monkeypatch.setattr(gpt, "get_batch", get_batch)
+    return lambda: monkeypatch.setattr(gpt, "get_batch", draw)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_resumed_is_uninterrupted(train, monkeypatch, dtype, parts):
+    options = dict(dtype=dtype, dropout=0.2, gradient_accumulation_steps=parts)
+    _, whole = train("whole", **options)
+    repair = cut_at(monkeypatch, 6)
+    with pytest.raises(RuntimeError, match="cut"):
+        train("cut", **options)
+    repair()
+    _, cut = train("cut", resume=True, **options)
+    assert same(weights(whole), weights(cut))
+    assert rows(whole) == rows(cut)
+
+
+def test_killed_run_resumes_to_the_same_weights(tmp_path, text_file, train):
+    """kill -9 in the middle, then --resume: the weights of a run that was never killed."""
+    shape = ["--n_layer", 2, "--n_head", 2, "--n_embd", 32, "--block_size", 16, "--batch_size", 4,
+             "--max_iters", 400, "--eval_interval", 20, "--weight_decay", 0.2,
+             "--adamw_learning_rate", 0.004]
+    command = [sys.executable, ROOT / "gpt.py", "train", "--data", text_file, "--out_dir",
+               tmp_path / "killed", "--dtype", "float32", "--device", "cpu", "--compile", "off"]
+    start = list(map(str, command + shape))
+    process = subprocess.Popen(start, stderr=subprocess.DEVNULL)
+    for _ in range(600):
+        if (tmp_path / "killed/metrics.jsonl").exists() or process.poll() is not None:
+            break
+        time.sleep(0.05)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    subprocess.run(list(map(str, command)) + ["--resume"], check=True, capture_output=True)
+    _, whole = train("whole", max_iters=400, eval_interval=20)
+    assert same(weights(whole), weights(tmp_path / "killed"))
+
+
+def test_interrupted_run_saves_and_says_130(tmp_path, text_file):
+    command = [sys.executable, ROOT / "gpt.py", "train", "--data", text_file, "--out_dir",
+               tmp_path / "run", "--n_layer", 1, "--n_embd", 32, "--block_size", 16,
+               "--max_iters", 1_000_000, "--eval_interval", 20, "--compile", "off"]
+    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True)
+    while not process.stderr.readline().startswith("step"):
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, rest = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "--resume" in rest
+    saved = torch.load(tmp_path / "run/last.pt", weights_only=True)
+    assert saved["step"] >= 20 and "state" in saved
+
+
+def test_best_is_without_optimizers_and_last_with(train):
+    _, out_dir = train("run")
+    assert "state" not in torch.load(out_dir / "best.pt", weights_only=True)
+    assert len(torch.load(out_dir / "last.pt", weights_only=True)["state"]) == 3
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    gpt.write(path, b"old")
+    with pytest.raises(AttributeError):
+        gpt.write(path, {"not to be saved": lambda: 0})
+    assert path.read_bytes() == b"old"
+
+
+def test_hostile_files_are_refused_and_run_nothing(tmp_path):
+    class Hostile:
+        def __reduce__(self):
+            return open, (str(tmp_path / "owned"), "w")
+
+    path = tmp_path / "hostile.pt"
+    torch.save({"config": Hostile()}, path)
+    with pytest.raises(gpt.UserError, match="no checkpoint"):
+        gpt.load(path, "cpu")
+    path.write_bytes(pickle.dumps(Hostile()))
+    with pytest.raises(gpt.UserError, match="no checkpoint"):
+        gpt.load(path, "cpu")
+    assert not (tmp_path / "owned").exists()
+
+
+def test_a_checkpoint_that_asks_for_absurd_memory_is_refused(tmp_path, train):
+    _, out_dir = train("run")
+    saved = torch.load(out_dir / "best.pt", weights_only=True)
+    saved["config"] |= {"n_embd": 2**20, "n_layer": 2**10}
+    torch.save(saved, tmp_path / "huge.pt")
+    with pytest.raises(gpt.UserError, match="no checkpoint"):
+        gpt.load(tmp_path / "huge.pt", "cpu")
+
+
+def test_resume_refuses_another_text_or_shape(train, text_file):
+    train("run")
+    with pytest.raises(gpt.UserError, match="another config"):
+        train("run", resume=True, n_layer=1)
+    text_file.write_text(text_file.read_text() + "more", encoding="utf-8")
+    with pytest.raises(gpt.UserError, match="another sha256"):
+        train("run", resume=True)

@@ -1,0 +1,124 @@
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+import gpt
+from conftest import ROOT
+
+SMALL = ("--n_layer", 1, "--n_head", 2, "--n_embd", 16, "--block_size", 16, "--batch_size", 4,
+         "--max_iters", 6, "--eval_interval", 3, "--device", "cpu", "--compile", "off")
+
+
+@pytest.fixture
+def trained(cli, text_file, tmp_path):
+    done = cli("train", "--data", text_file, "--out_dir", "run", *SMALL)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    return tmp_path / "run"
+
+
+def test_help_shows_every_flag_with_meaning_and_default(cli):
+    done = cli("--help")
+    assert done.returncode == 0
+    shown = re.sub(r"\s+", " ", done.stdout)
+    for name, (commands, default, meaning) in gpt.FLAGS.items():
+        default = default[0] if type(default) is tuple else default
+        assert f"{meaning} (for {commands}; default: {default!r})" in shown, name
+
+
+def test_train_generate_evaluate(cli, trained):
+    about = json.loads((trained / "run.json").read_text())
+    done = cli("evaluate", "--checkpoint", trained / "best.pt")
+    nats, bits, perplexity = map(float, re.findall(r"\d+\.\d+", done.stdout))
+    assert nats == pytest.approx(about["best_val_loss"], abs=1e-4)
+    assert bits == pytest.approx(nats / 0.693147, abs=1e-4)
+    assert perplexity == pytest.approx(2.718282 ** nats, abs=1e-2)
+    words = ("generate", "--checkpoint", trained / "best.pt", "--prompt", "The ",
+             "--max_new_tokens", 40)
+    done = cli(*words)
+    assert done.returncode == 0 and done.stderr == ""
+    assert done.stdout.startswith("The ") and len(done.stdout) == 4 + 40 + 1
+    assert cli(*words).stdout == done.stdout
+    assert cli(*words, "--seed", 2).stdout != done.stdout
+    assert cli(*words, "--num_samples", 3).stdout.count("\n---\nThe ") == 2
+
+
+def test_prompt_file(cli, trained, tmp_path):
+    (tmp_path / "prompt.txt").write_text("O sea, ", encoding="utf-8")
+    done = cli("generate", "--checkpoint", trained / "best.pt", "--prompt_file", "prompt.txt",
+               "--max_new_tokens", 5)
+    assert done.stdout.startswith("O sea, ")
+
+
+MISTAKES = [  # words on the command line, what the line must name
+    ((), "command"),
+    (("fly",), "fly"),
+    (("train", "--max_itres", 5), "max_itres"),
+    (("train", "--max_iters", "many"), "many"),
+    (("train", "--max_iters", 0), "max_iters"),
+    (("train", "--temperature", 1), "--temperature is for generate"),
+    (("train", "--data", "missing.txt"), "missing.txt"),
+    (("train", "--data", "."), "."),
+    (("train", "--data", "empty.txt"), "empty.txt is empty"),
+    (("train", "--data", "binary.bin"), "binary.bin is empty or not UTF-8"),
+    (("train", "--data", "zeros.bin"), "zeros.bin is empty or not UTF-8"),
+    (("train", "--data", "short.txt"), "too short"),
+    (("train", "--n_embd", 100, "--n_head", 6), "n_embd"),
+    (("train", "--n_embd", 6, "--n_head", 2), "even size"),
+    (("train", "--dropout", 1.5), "dropout"),
+    (("train", "--data", "text.txt", "--batch_size", 5, "--gradient_accumulation_steps", 2),
+     "batch_size"),
+    (("train", "--device", "cuda"), "there is no cuda here"),
+    (("train", "--device", "toaster"), "toaster"),
+    (("train", "--dtype", "int8"), "int8"),
+    (("train", "--data", "text.txt", "--out_dir", "run"), "--resume"),
+    (("train", "--out_dir", "nothing", "--resume"), "nothing/last.pt"),
+    (("train", "--data", "text.txt", "--out_dir", "run", "--resume", "--n_layer", 2),
+     "another config"),
+    (("generate", "--checkpoint", "missing.pt"), "missing.pt"),
+    (("generate", "--checkpoint", "text.txt"), "no checkpoint"),
+    (("generate", "--checkpoint", "cut.pt"), "no checkpoint"),
+    (("generate", "--checkpoint", "run/best.pt", "--prompt", "naïve"), "'ï'"),
+    (("generate", "--checkpoint", "run/best.pt", "--prompt", ""), "empty"),
+    (("generate", "--checkpoint", "run/best.pt", "--prompt_file", "none.txt"), "none.txt"),
+    (("generate", "--checkpoint", "run/best.pt", "--temperature", -1), "temperature"),
+    (("generate", "--checkpoint", "run/best.pt", "--top_p", 0), "top_p"),
+    (("evaluate", "--checkpoint", "run/best.pt", "--data", "other.txt"), "'ß'"),
+]
+
+
+def test_a_mistake_is_one_line_status_2_and_changes_nothing(trained, tmp_path, text_file,
+                                                            monkeypatch, capsys):
+    (tmp_path / "empty.txt").write_bytes(b"")
+    (tmp_path / "binary.bin").write_bytes(bytes(range(128, 256)))
+    (tmp_path / "zeros.bin").write_bytes(bytes(100))
+    (tmp_path / "short.txt").write_text("too short a text")
+    (tmp_path / "other.txt").write_text("Straße " * 100, encoding="utf-8")
+    (tmp_path / "cut.pt").write_bytes((trained / "best.pt").read_bytes()[:2000])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(gpt.signal, "signal", lambda *args: None)
+    monkeypatch.setattr(gpt.torch.cuda, "is_available", lambda: False)
+    gpt.write(gpt.BUNDLED, (ROOT / gpt.BUNDLED).read_bytes())
+    gpt.write(gpt.TEXT, b"never trained on")  # a command that got this far would name it
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for words, named in MISTAKES:
+        status = gpt.main([str(word) for word in words])
+        shown = capsys.readouterr()
+        assert (status, shown.out, shown.err.count("\n")) == (2, "", 1), (words, shown.err)
+        assert shown.err.startswith("error: ") and named in shown.err, (words, shown.err)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_mistake_in_a_process_of_its_own(cli):
+    done = cli("generate")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.count("\n") == 1 and "best.pt" in done.stderr
+
+
+def test_import_runs_and_prints_nothing():
+    done = subprocess.run([sys.executable, "-c", "import gpt"], cwd=ROOT, capture_output=True,
+                          text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

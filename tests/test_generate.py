@@ -1,0 +1,68 @@
+import pytest
+import torch
+
+import gpt
+
+
+def in_chunks(model, idx, sizes):
+    cache = gpt.KVCache(model.config, len(idx), idx.device)
+    with torch.no_grad():
+        return torch.cat([model(part, cache) for part in idx.split(sizes, dim=1)], dim=1)
+
+
+@pytest.mark.parametrize("sizes", [1, 5, 16, [7, 1, 8], [1, 15], [15, 1]])
+def test_cached_logits_are_the_uncached(model, idx, sizes):
+    with torch.no_grad():
+        assert torch.allclose(in_chunks(model, idx, sizes), model(idx), atol=1e-5)
+
+
+@pytest.mark.parametrize("length", [1, 5, 16, 17, 40])
+def test_greedy_text_is_the_uncached_also_past_the_window(model, length):
+    """Past block_size the rule is: read the last half window again, and go on from there."""
+    prompt = torch.randint(65, (1, length), generator=torch.Generator().manual_seed(length))
+    seen, start = prompt, 0 if length <= 16 else length - 8
+    with torch.no_grad():
+        for _ in range(60):
+            if seen.size(1) - start > 16:
+                start = seen.size(1) - 8
+            seen = torch.cat((seen, model(seen[:, start:])[:, -1:].argmax(-1)), dim=1)
+    fast = torch.cat([prompt, *gpt.generate(model, prompt, 60, temperature=0)], dim=1)
+    assert torch.equal(fast, seen)
+
+
+def test_same_seed_same_text(model):
+    def text(seed):
+        return torch.cat([*gpt.generate(model, torch.zeros(2, 3).long(), 40, seed=seed)], dim=1)
+    assert torch.equal(text(1), text(1))
+    assert not torch.equal(text(1), text(2))
+
+
+LOGITS = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log().repeat(2000, 1)
+
+
+def drawn(**dials):
+    """The set of ids that 2,000 draws produce."""
+    generator = torch.Generator().manual_seed(0)
+    return set(gpt.sample_next(LOGITS, generator=generator, **dials).flatten().tolist())
+
+
+@pytest.mark.parametrize("dials, expected", [
+    ({}, {0, 1, 2, 3}), (dict(top_k=99), {0, 1, 2, 3}), (dict(top_k=2), {0, 1}), (dict(top_k=1), {0}),
+    (dict(top_p=0.35), {0}), (dict(top_p=0.65), {0, 1}), (dict(top_p=0.75), {0, 1, 2}),
+    (dict(top_p=1e-9), {0}), (dict(temperature=0), {0}), (dict(temperature=1e-30), {0}),
+    (dict(top_k=3, top_p=0.65), {0, 1})])
+def test_filters_exclude_what_they_should(dials, expected):
+    assert drawn(**dials) == expected
+
+
+def test_temperature_shapes_the_distribution():
+    draws = gpt.sample_next(LOGITS, 0.5, generator=torch.Generator().manual_seed(0))
+    expected = torch.tensor([16, 9, 4, 1]) / 30
+    assert torch.allclose(torch.bincount(draws.flatten()) / 2000, expected, atol=0.04)
+
+
+@pytest.mark.parametrize("dials", [dict(temperature=-1), dict(top_k=-1), dict(top_p=0),
+                                   dict(top_p=2)])
+def test_impossible_dials(model, dials):
+    with pytest.raises(gpt.UserError, match="top_p"):
+        next(gpt.generate(model, torch.zeros(1, 1).long(), 1, **dials))

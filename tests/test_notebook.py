@@ -1,0 +1,99 @@
+"""The notebook: gpt.py comes out of it byte for byte, it runs, and its parameters are checked."""
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from conftest import ROOT
+
+NAME = "gpt_from_scratch.ipynb"
+CELLS = json.loads((ROOT / NAME).read_text(encoding="utf-8"))["cells"]
+CODE = ["".join(cell["source"]) for cell in CELLS if cell["cell_type"] == "code"]
+
+
+def test_gpt_py_is_the_export_byte_for_byte():
+    """Rebuilt from the notebook's JSON. Tests run notebooks in folders of their own, so none of
+    them can mend a stale gpt.py before this one sees it."""
+    exported = {}
+    for source in CODE:
+        first, _, rest = source.partition("\n")
+        if first.startswith("#| export "):
+            exported[first.split()[-1]] = rest.strip() + "\n"
+    scope = {}
+    exec(next(source for source in CODE if "def assemble(" in source), scope)
+    assert scope["assemble"](exported).encode() == (ROOT / "gpt.py").read_bytes()
+
+
+def test_gpt_py_is_short_and_narrow():
+    lines = (ROOT / "gpt.py").read_text(encoding="utf-8").splitlines()
+    assert max(map(len, lines)) <= 100
+
+
+def test_committed_copy_was_run_from_top_to_bottom():
+    counts = [cell["execution_count"] for cell in CELLS if cell["cell_type"] == "code"]
+    assert counts == list(range(1, len(counts) + 1))
+    outputs = [o for cell in CELLS if cell["cell_type"] == "code" for o in cell["outputs"]]
+    assert not [o for o in outputs if o["output_type"] == "error"]
+    assert (ROOT / NAME).stat().st_size < 3_000_000
+
+
+def test_readme_shows_the_results_of_the_result_file():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    results = json.loads((ROOT / "outputs/results.json").read_text(encoding="utf-8"))
+    for row in results["models"]:
+        assert re.search(rf"\| {re.escape(row['name'])} \|.* {row['parameters']:,} \|.* "
+                         rf"{row['val_loss']:.4f} \|", readme), row["name"]
+
+
+def test_environment_and_readme_name_the_same_packages():
+    conda = re.findall(r"^  - ([a-z]+)", (ROOT / "environment.yml").read_text(), re.MULTILINE)
+    command = re.search(r"pip install torch==\S+ (jupyter.*?) &&", (ROOT / "README.md").read_text())
+    conda = set(conda) - {"conda", "python", "pytorch"}
+    assert conda == set(command.group(1).split())
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder that holds the notebook and the bundled corpus, and nothing else."""
+    shutil.copy(ROOT / NAME, tmp_path)
+    (tmp_path / "data").mkdir()
+    shutil.copy(ROOT / "data/the_salt_tide.txt", tmp_path / "data")
+    return tmp_path
+
+
+def run(*words, folder, **environment):
+    offline = {"https_proxy": "http://127.0.0.1:9", "GPT_FAST": "1", "MPLBACKEND": "agg"}
+    return subprocess.run([sys.executable, "-m", *map(str, words)], cwd=folder, text=True,
+                          capture_output=True, timeout=600, env=os.environ | offline | environment)
+
+
+def test_nbval_fast_mode(folder):
+    done = run("pytest", "-p", "no:cacheprovider", "--nbval-lax", "--nbval-current-env", NAME,
+               folder=folder)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert (folder / "gpt.py").read_bytes() == (ROOT / "gpt.py").read_bytes()
+    assert not (folder / "outputs/results.json").exists()  # fast runs keep to their own folder
+
+
+@pytest.mark.parametrize("flags, named", [
+    (("-p", "max_itres", "50"), "max_itres is not a parameter"),
+    (("-p", "max_iters", "fifty"), "max_iters must be int"),
+    (("-y", "learning_rate: 1e-3"), "learning_rate must be float"),
+    (("-p", "max_iters", "false"), "max_iters must be int")])
+def test_papermill_stops_at_a_wrong_parameter(folder, flags, named):
+    done = run("papermill", NAME, "out.ipynb", *flags, folder=folder)
+    assert done.returncode != 0
+    assert named in done.stderr and "Valid are n_layer: int" in done.stderr
+    assert not (folder / "gpt.py").exists()  # it stopped before anything was done
+
+
+def test_papermill_runs_with_parameters(folder):
+    done = run("papermill", NAME, "out.ipynb", "-p", "max_iters", "7", "-p", "out_dir",
+               "outputs/runs/seven", folder=folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    about = json.loads((folder / "outputs/runs/seven/final/run.json").read_text())
+    assert about["step"] == about["config"]["max_iters"] == 7

@@ -1,0 +1,137 @@
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import gpt
+from conftest import ROOT, same, weights
+
+
+def test_overfits_one_window(train):
+    run, out_dir = train("run", max_iters=150, eval_interval=150, batch_size=16)
+    start = math.log(len(run["chars"]))
+    assert run["metrics"][-1]["train_loss"] < start - 0.7
+    tokenizer_size = gpt.load(out_dir / "best.pt", "cpu")[0].config.vocab_size
+    assert tokenizer_size == len(run["chars"])
+
+
+def test_same_seed_same_weights(train):
+    _, a = train("a")
+    _, b = train("b")
+    _, c = train("c", seed=2)
+    assert same(weights(a), weights(b))
+    assert not same(weights(a), weights(c))
+
+
+def test_evaluation_leaves_no_trace(train):
+    _, often = train("often", eval_interval=1, dropout=0.2)
+    _, rarely = train("rarely", eval_interval=8, dropout=0.2)
+    assert same(weights(often), weights(rarely))
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(train):
+    _, whole = train("whole")
+    _, parts = train("parts", gradient_accumulation_steps=4)
+    for name, tensor in weights(whole).items():
+        assert torch.allclose(tensor, weights(parts)[name], atol=1e-4), name
+
+
+def test_files_agree(train, text_file):
+    run, out_dir = train("run")
+    rows = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
+    about = json.loads((out_dir / "run.json").read_text())
+    assert [row["step"] for row in rows] == [4, 8]
+    assert rows[1]["tokens"] == 8 * 4 * 16 and rows[1]["learning_rate"] == 0
+    assert set(rows[0]) == {"step", "tokens", "seconds", "train_loss", "val_loss", "learning_rate",
+                            "tokens_per_second"}
+    assert about["val_loss"] == rows[-1]["val_loss"] == run["val_loss"]
+    assert about["best_val_loss"] == min(row["val_loss"] for row in rows)
+    assert (about["train_characters"], about["val_characters"]) == (3600, 400)
+    model, tokenizer, _ = gpt.load(out_dir / "best.pt", "cpu")
+    _, _, val_data = gpt.load_text(text_file, tokenizer)
+    assert gpt.evaluate(model, val_data, 16) == pytest.approx(about["best_val_loss"], abs=1e-6)
+
+
+def test_evaluate_covers_every_character_once():
+    data = torch.arange(50)
+    seen = []
+
+    def model(x):
+        seen.extend(x.flatten().tolist())
+        return torch.zeros(*x.shape, 50)
+
+    assert gpt.evaluate(model, data, 8) == pytest.approx(math.log(50), abs=1e-5)
+    assert seen == list(range(49))
+
+
+def test_minutes_end_with_the_clock(train):
+    run, _ = train("run", minutes=0.05, eval_interval=10_000)
+    assert 3 <= run["seconds"] < 30
+    assert run["metrics"][-1]["learning_rate"] == 0 and run["step"] > 8
+
+
+def test_rates_are_flat_then_fall_to_zero(train):
+    run, _ = train("run", max_iters=10, eval_interval=1, decay_fraction=0.5)
+    rates = [row["learning_rate"] / 0.02 for row in run["metrics"]]  # after steps 1 to 10
+    expected = [1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2, 0]
+    assert rates == pytest.approx(expected, abs=1e-6)
+
+
+def test_float16_with_a_scaler_trains(train):
+    run, _ = train("run", dtype="float16")
+    assert run["precision"] == "float16" and math.isfinite(run["val_loss"])
+
+
+def test_a_loss_that_is_no_number_stops_the_run(train, monkeypatch):
+    forward = gpt.GPT.forward
+    monkeypatch.setattr(gpt.GPT, "forward", lambda self, x, cache=None: forward(self, x) * math.nan)
+    with pytest.raises(gpt.UserError, match="loss is nan by step 4.*learning_rate"):
+        train("run")
+
+
+def test_compile_that_fails_is_dropped_with_a_notice(config, monkeypatch, capsys):
+    monkeypatch.setattr(gpt, "LOG", sys.stderr)
+
+    def broken(*args, **options):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(gpt.torch, "compile", broken)
+    model, x = gpt.GPT(config), torch.zeros(1, 4, dtype=torch.long)
+    autocast = torch.autocast("cpu", enabled=False)
+    assert gpt.try_compile(model, x, autocast) is model
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_precision_by_capability(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for capability, expected in (((7, 5), torch.float16), ((8, 0), torch.bfloat16)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda found=capability: found)
+        assert gpt.pick_device("cuda") == (torch.device("cuda"), expected)
+    for chip, expected in (({}, torch.float32), ({"avx512_bf16": True}, torch.bfloat16)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=chip: found)
+        assert gpt.pick_device("cpu") == (torch.device("cpu"), expected)
+
+
+def test_two_processes_train_like_one(tmp_path, text_file):
+    """The same global batch on two gloo processes: equal up to the order of the sums, 1e-4."""
+    flags = ["train", "--data", text_file, "--device", "cpu", "--dtype", "float32", "--compile",
+             "off", "--n_layer", 1, "--n_embd", 16, "--block_size", 16, "--max_iters", 5]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    one = [sys.executable, ROOT / "gpt.py", *flags, "--out_dir", tmp_path / "one"]
+    two = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+           f"--master_port={port}", ROOT / "gpt.py", *flags, "--out_dir", tmp_path / "two"]
+    for command in (one, two):
+        done = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True,
+                              timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr
+    a, b = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for name in a:
+        assert torch.allclose(a[name], b[name], atol=1e-4), name
+    assert json.loads((tmp_path / "two/run.json").read_text())["processes"] == 2
