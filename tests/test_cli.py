@@ -25,7 +25,6 @@ def test_help_shows_every_flag_with_meaning_and_default(cli):
     assert done.returncode == 0
     shown = re.sub(r"\s+", " ", done.stdout)
     for name, (commands, default, meaning) in gpt.FLAGS.items():
-        default = default[0] if type(default) is tuple else default
         assert f"{meaning} (for {commands}; default: {default!r})" in shown, name
 
 
@@ -59,6 +58,7 @@ MISTAKES = [  # words on the command line, what the line must name
     (("train", "--max_itres", 5), "max_itres"),
     (("train", "--max_iters", "many"), "many"),
     (("train", "--max_iters", 0), "max_iters"),
+    (("train", "--max_iters", 5, "--minutes", 5), "not both"),
     (("train", "--temperature", 1), "--temperature is for generate"),
     (("train", "--data", "missing.txt"), "missing.txt"),
     (("train", "--data", "."), "."),

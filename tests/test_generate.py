@@ -47,7 +47,8 @@ def drawn(**dials):
 
 
 @pytest.mark.parametrize("dials, expected", [
-    ({}, {0, 1, 2, 3}), (dict(top_k=99), {0, 1, 2, 3}), (dict(top_k=2), {0, 1}), (dict(top_k=1), {0}),
+    ({}, {0, 1, 2, 3}), (dict(top_k=99), {0, 1, 2, 3}), (dict(top_k=2), {0, 1}),
+    (dict(top_k=1), {0}),
     (dict(top_p=0.35), {0}), (dict(top_p=0.65), {0, 1}), (dict(top_p=0.75), {0, 1, 2}),
     (dict(top_p=1e-9), {0}), (dict(temperature=0), {0}), (dict(temperature=1e-30), {0}),
     (dict(top_k=3, top_p=0.65), {0, 1})])

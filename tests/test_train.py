@@ -75,6 +75,11 @@ def test_minutes_end_with_the_clock(train):
     assert run["metrics"][-1]["learning_rate"] == 0 and run["step"] > 8
 
 
+def test_a_budget_too_short_for_a_step_still_leaves_a_run(train):
+    run, out_dir = train("run", minutes=1e-6)
+    assert run["step"] == 1 and (out_dir / "best.pt").exists()
+
+
 def test_rates_are_flat_then_fall_to_zero(train):
     run, _ = train("run", max_iters=10, eval_interval=1, decay_fraction=0.5)
     rates = [row["learning_rate"] / 0.02 for row in run["metrics"]]  # after steps 1 to 10
