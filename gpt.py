@@ -10,7 +10,8 @@ gpt_from_scratch.ipynb explains every line and writes this file: make changes th
 # requires-python = ">=3.11"
 # dependencies = ["torch>=2.11,<2.14"]
 # ///
-import argparse, array, hashlib, json, math, os, signal, sys, time, urllib.request
+import argparse, array, hashlib, http.client, json, math, os, signal, sys, time
+import urllib.request
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 import torch
@@ -42,7 +43,7 @@ class Config:
     batch_size: int = option(64, "sequences per step, over all processes")
     gradient_accumulation_steps: int = option(1, "parts of a batch, one after the other")
     max_iters: int = option(2000, "optimizer steps")
-    minutes: float = option(0.0, "train for this wall time instead of max_iters; 0: off")
+    minutes: float = option(0.0, "wall time to train for, instead of max_iters; 0: off")
     learning_rate: float = option(0.02, "peak rate of Muon, for the matrices of the layers")
     adamw_learning_rate: float = option(0.004, "peak rate of AdamW, for embedding and head")
     decay_fraction: float = option(0.8, "last part of training, in which the rates fall to 0")
@@ -73,18 +74,19 @@ SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 def write(path, content):
     """Replace a file by bytes, or by a checkpoint: afterwards it is all old or all new."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{path}.tmp", "wb") as file:
+    temporary = f"{path}.{os.getpid()}.tmp"
+    with open(temporary, "wb") as file:
         file.write(content) if isinstance(content, bytes) else torch.save(content, file)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(f"{path}.tmp", path)
+    os.replace(temporary, path)
 
 def find_text():
     """Path of tiny Shakespeare, downloaded if missing, or without a network of a bundled play."""
     source = TEXT.resolve().as_uri() if TEXT.exists() else URL
     try:
         content = urllib.request.urlopen(source, timeout=20).read()
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:
         check(BUNDLED.exists(), f"no network: save {URL} as {TEXT}, or name a text with --data")
         print(f"no tiny Shakespeare ({error}): using {BUNDLED} instead", file=LOG)
         return BUNDLED
@@ -103,7 +105,8 @@ class CharTokenizer:
     def encode(self, text):
         """Ids of a text, int32 (T,). UserError if it is empty or has characters without an id."""
         unknown = " ".join(map(repr, sorted(set(text) - set(self.ids))))
-        check(text and not unknown, f"the training text lacks {unknown or 'an empty text'}")
+        check(text, "the text is empty: give it at least one character")
+        check(not unknown, f"the model has never seen {unknown}: leave these characters out")
         return torch.frombuffer(array.array("i", map(self.ids.get, text)), dtype=torch.int32)
 
     def decode(self, ids):
@@ -226,6 +229,7 @@ def make_optimizers(model, config):
 def evaluate(model, data, block_size):
     """Mean loss of a function from ids (B, T) to logits (B, T, V), in nats per character, over all
     of `data` in windows that don't overlap. Nothing is drawn at random."""
+    check(len(data) > 1, "the validation part of the text is shorter than 2 characters")
     total = 0.0
     for x, y in zip(data[:-1].split(block_size), data[1:].long().split(block_size)):
         total += F.cross_entropy(model(x[None])[0].float(), y, reduction="sum").item()
@@ -268,17 +272,19 @@ def train(config, data="", out_dir=OUT_DIR, resume=False, device="auto", dtype="
           compile="auto", caught=()):
     """Train a GPT on a text; write last.pt, best.pt, metrics.jsonl and run.json into out_dir and
     return what run.json holds. Saves and stops once a signal number is in `caught`."""
+    begin = time.perf_counter()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1 and not distributed.is_initialized():
         distributed.init_process_group()
-        torch.cuda.is_available() and torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     (device, dtype), path, out_dir = pick_device(device, dtype), data or find_text(), Path(out_dir)
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     check(resume or not Path(out_dir, "last.pt").exists(),
           f"{out_dir} holds a run: --resume it, or name another --out_dir")
     tokenizer, train_data, val_data = load_text(path)
     config = replace(config, vocab_size=len(tokenizer.chars))
     parts, tokens = config.gradient_accumulation_steps, config.batch_size * config.block_size
-    check(len(train_data) > config.block_size and len(val_data) > 1,
+    check(len(train_data) > config.block_size,
           f"{path} is too short for a block_size of {config.block_size}: lower it or use more text")
     check(config.batch_size % (world * parts) == 0, f"batch_size ({config.batch_size}) must be a "
           f"multiple of {world} processes x {parts} gradient_accumulation_steps")
@@ -293,25 +299,27 @@ def train(config, data="", out_dir=OUT_DIR, resume=False, device="auto", dtype="
            "train_characters": len(train_data), "val_characters": len(val_data), **progress}
     if resume:
         model, _, saved = load(out_dir / "last.pt", device)
-        for key in ("config", "sha256"):
-            check(saved[key] == run[key], f"{out_dir} had another {key}: {saved[key]}; go on as it "
-                  "was, or name another --out_dir")
+        changed = [key for key in run["config"] if saved["config"][key] != run["config"][key]]
+        changed += ["text"] * (saved["sha256"] != run["sha256"])
+        check(not changed, f"{out_dir} was started with another {', '.join(changed)}: go on as it "
+              "was, or name another --out_dir")
         run |= {key: saved[key] for key in progress}
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
     keepers = [scaler, *make_optimizers(model.train(), config)]
     for keeper, state in zip(keepers, saved["state"] if resume else ()):
-        keeper.load_state_dict(state)
+        if state:  # a scaler that was off has none
+            keeper.load_state_dict(state)
     train_data, val_data, forward = train_data.to(device), val_data.to(device), model
     autocast = torch.autocast(device.type, dtype, enabled=dtype is not torch.float32)
-    if compile == "on" or compile == "auto" and (config.minutes or config.max_iters > 200):
-        x = train_data[:config.block_size].expand(config.batch_size // world // parts, -1)
+    if compile == "on" or compile == "auto" and (config.minutes or config.max_iters / 200) > 1:
+        x, _ = get_batch(train_data, config.batch_size // world // parts, config.block_size, 0)
         forward = try_compile(model, x, autocast)
         model.zero_grad()
     run["compiled"] = forward is not model
     print(f"{run['parameters']:,} parameters, {device}, {run['precision']}, "
           f"{len(train_data):,} characters of {path}{', compiled' * run['compiled']}", file=LOG)
     forward = autocast(nn.parallel.DistributedDataParallel(forward) if world > 1 else forward)
-    begin = time.perf_counter() - run["seconds"]
+    begin -= run["seconds"]
     evaluated, resumed = run["metrics"][-1]["step"] if run["metrics"] else 0, time.perf_counter()
     while True:
         step, run["seconds"] = run["step"], time.perf_counter() - begin
@@ -349,10 +357,10 @@ def train(config, data="", out_dir=OUT_DIR, resume=False, device="auto", dtype="
             write(out_dir / "run.json", json.dumps(run, indent=1, default=float).encode())
         if stop:
             print(f"saved at step {step}: --resume goes on from there", file=LOG)
-        if done >= 1 or stop:
+        if done >= 1 and step or stop:
             return run
-        seed = config.seed * 2**31 + step  # with weights and optimizers, all that makes the step
-        torch.manual_seed(seed * world + rank)
+        seed = hash((config.seed, step)) % 2**32  # this, weights and optimizers make the step
+        torch.manual_seed(seed + rank)
         batch = get_batch(train_data, config.batch_size, config.block_size, seed)
         for x, y in zip(*(side.chunk(world)[rank].chunk(parts) for side in batch)):
             loss = F.cross_entropy(forward(x).flatten(0, 1).float(), y.flatten()) / parts
@@ -399,9 +407,9 @@ FLAGS = {f.name: ("train", f.default, f.metadata["meaning"]) for f in fields(Con
     "data": ("train evaluate", "", "UTF-8 text, instead of tiny Shakespeare"),
     "out_dir": ("train", OUT_DIR, "folder of the run"),
     "resume": ("train", False, "go on with the run in out_dir"),
-    "device": ("train generate evaluate", ("auto", "cpu", "cuda", "mps"), "where to compute"),
-    "dtype": ("train", ("auto", "float32", "bfloat16", "float16"), "format of matrix products"),
-    "compile": ("train", ("auto", "on", "off"), "use torch.compile"),
+    "device": ("train generate evaluate", "auto", "where to compute"),
+    "dtype": ("train", "auto", "number format of matrix products"),
+    "compile": ("train", "auto", "use torch.compile; auto does so where it pays"),
     "checkpoint": ("generate evaluate", f"{OUT_DIR}/best.pt", "model to load"),
     "prompt": ("generate", "\n", "text to go on from"),
     "prompt_file": ("generate", "", "UTF-8 file that holds the prompt"),
@@ -412,33 +420,37 @@ FLAGS = {f.name: ("train", f.default, f.metadata["meaning"]) for f in fields(Con
     "top_p": ("generate", 1.0, "choose among the likeliest that make up this share"),
     "seed": ("train generate", 1, "seed of weights, batches and dropout, or of the text")}
 
+CHOICES = {"device": ["auto", "cpu", "cuda", "mps"], "compile": ["auto", "on", "off"],
+           "dtype": ["auto", "float32", "bfloat16", "float16"]}
+
 def main(argv=None):
     """Run a command line and return its exit status."""
     parser = argparse.ArgumentParser("gpt.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: check(False, f"{message}; --help shows all flags")
-    caught, defaults = [], {}
+    caught = []
     parser.add_argument("command", choices=["train", "generate", "evaluate"])
     for name, (commands, default, meaning) in FLAGS.items():
-        kind = {"choices": default} if type(default) is tuple else {"type": type(default)}
-        kind = {"action": "store_true"} if default is False else kind
-        first = default[0] if type(default) is tuple else default
-        defaults[name] = first
-        parser.add_argument(f"--{name}", default=argparse.SUPPRESS, **kind,
-                            help=f"{meaning} (for {commands}; default: {first!r})")
+        kind = {"type": type(default), "choices": CHOICES.get(name)}
+        parser.add_argument(f"--{name}", default=argparse.SUPPRESS,
+                            help=f"{meaning} (for {commands}; default: {default!r})",
+                            **({"action": "store_true"} if default is False else kind))
     try:
         given = vars(parser.parse_args(argv))
         command = given.pop("command")
         for name in given:
             check(command in FLAGS[name][0], f"--{name} is for {FLAGS[name][0]}, not for {command}")
-        args = argparse.Namespace(**defaults | given)
+        check(not {"minutes", "max_iters"} <= set(given), "give --minutes or --max_iters, not both")
+        args = argparse.Namespace(**{name: flag[1] for name, flag in FLAGS.items()} | given)
         device, _ = pick_device(args.device)
         if command == "train":
             for number in (signal.SIGINT, signal.SIGTERM):  # finish the step, save, and stop
-                signal.signal(number, lambda number, frame: caught.append(number))
+                signal.signal(number, lambda number, frame: caught.append(number) if not caught
+                              else signal.default_int_handler(number, frame))  # the second time
             base = PRESETS.get(device.type, {})
             if args.resume:
-                base = load(Path(args.out_dir, "last.pt"), "cpu")[2]["config"]
+                _, _, saved = load(Path(args.out_dir, "last.pt"), "cpu")
+                base, args.data = saved["config"], args.data or saved["data"]
             chosen = {f.name: given[f.name] for f in fields(Config) if f.name in given}
             train(Config(**base | chosen), args.data, args.out_dir, args.resume, args.device,
                   args.dtype, args.compile, caught)
@@ -450,7 +462,10 @@ def main(argv=None):
             print(f"{loss:.5f} nats and {loss / math.log(2):.5f} bits per character, "
                   f"perplexity {math.exp(loss):.4f}")
             return 0
-        prompt = Path(args.prompt_file).read_text("utf-8-sig") if args.prompt_file else args.prompt
+        prompt = args.prompt
+        if args.prompt_file:
+            prompt = Path(args.prompt_file).read_text("utf-8-sig", "replace")
+        sys.stdout.reconfigure(encoding="utf-8")
         idx = tokenizer.encode(prompt).long()[None]
         for i in range(args.num_samples):
             text = prompt if i == 0 else f"\n---\n{prompt}"

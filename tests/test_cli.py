@@ -45,6 +45,11 @@ def test_train_generate_evaluate(cli, trained):
     assert cli(*words, "--num_samples", 3).stdout.count("\n---\nThe ") == 2
 
 
+def test_resume_needs_no_flags(cli, trained):
+    done = cli("train", "--out_dir", "run", "--resume")
+    assert done.returncode == 0, done.stderr
+
+
 def test_prompt_file(cli, trained, tmp_path):
     (tmp_path / "prompt.txt").write_text("O sea, ", encoding="utf-8")
     done = cli("generate", "--checkpoint", trained / "best.pt", "--prompt_file", "prompt.txt",
@@ -77,16 +82,18 @@ MISTAKES = [  # words on the command line, what the line must name
     (("train", "--data", "text.txt", "--out_dir", "run"), "--resume"),
     (("train", "--out_dir", "nothing", "--resume"), "nothing/last.pt"),
     (("train", "--data", "text.txt", "--out_dir", "run", "--resume", "--n_layer", 2),
-     "another config"),
+     "another n_layer"),
     (("generate", "--checkpoint", "missing.pt"), "missing.pt"),
     (("generate", "--checkpoint", "text.txt"), "no checkpoint"),
     (("generate", "--checkpoint", "cut.pt"), "no checkpoint"),
     (("generate", "--checkpoint", "run/best.pt", "--prompt", "naïve"), "'ï'"),
     (("generate", "--checkpoint", "run/best.pt", "--prompt", ""), "empty"),
     (("generate", "--checkpoint", "run/best.pt", "--prompt_file", "none.txt"), "none.txt"),
+    (("generate", "--checkpoint", "run/best.pt", "--prompt_file", "binary.bin"), "never seen"),
     (("generate", "--checkpoint", "run/best.pt", "--temperature", -1), "temperature"),
     (("generate", "--checkpoint", "run/best.pt", "--top_p", 0), "top_p"),
     (("evaluate", "--checkpoint", "run/best.pt", "--data", "other.txt"), "'ß'"),
+    (("evaluate", "--checkpoint", "run/best.pt", "--data", "tiny.txt"), "shorter than 2"),
 ]
 
 
@@ -96,6 +103,7 @@ def test_a_mistake_is_one_line_status_2_and_changes_nothing(trained, tmp_path, t
     (tmp_path / "binary.bin").write_bytes(bytes(range(128, 256)))
     (tmp_path / "zeros.bin").write_bytes(bytes(100))
     (tmp_path / "short.txt").write_text("too short a text")
+    (tmp_path / "tiny.txt").write_text("a")
     (tmp_path / "other.txt").write_text("Straße " * 100, encoding="utf-8")
     (tmp_path / "cut.pt").write_bytes((trained / "best.pt").read_bytes()[:2000])
     monkeypatch.chdir(tmp_path)

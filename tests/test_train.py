@@ -7,17 +7,46 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import gpt
 from conftest import ROOT, same, weights
 
 
-def test_overfits_one_window(train):
+def test_learns(train):
     run, out_dir = train("run", max_iters=150, eval_interval=150, batch_size=16)
     start = math.log(len(run["chars"]))
     assert run["metrics"][-1]["train_loss"] < start - 0.7
-    tokenizer_size = gpt.load(out_dir / "best.pt", "cpu")[0].config.vocab_size
-    assert tokenizer_size == len(run["chars"])
+    model, _, _ = gpt.load(out_dir / "best.pt", "cpu")
+    assert model.config.vocab_size == len(run["chars"])
+
+
+def test_overfits_one_batch(config, idx):
+    """Both optimizers and the model, without the training loop around them."""
+    model = gpt.GPT(config)
+    optimizers = gpt.make_optimizers(model, config)
+    for _ in range(100):
+        logits = model(idx[:, :-1])
+        loss = F.cross_entropy(logits.flatten(0, 1), idx[:, 1:].flatten())
+        model.zero_grad()
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert loss < 0.1
+
+
+def test_every_seed_and_step_draws_another_batch(train, monkeypatch):
+    """torch's CPU generator looks at the low 32 bits of a seed only."""
+    draw, drawn = gpt.get_batch, []
+
+    def get_batch(*args):
+        drawn.append(str(draw(*args)))
+        return draw(*args)
+
+    monkeypatch.setattr(gpt, "get_batch", get_batch)
+    for seed in (0, 1, 3, 5, 2**20):
+        train(f"seed-{seed}", seed=seed)
+    assert len(drawn) == len(set(drawn)) == 5 * 8
 
 
 def test_same_seed_same_weights(train):
