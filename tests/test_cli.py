@@ -25,7 +25,8 @@ def test_help_shows_every_flag_with_meaning_and_default(cli):
     assert done.returncode == 0
     shown = re.sub(r"\s+", " ", done.stdout)
     for name, (commands, default, meaning) in gpt.FLAGS.items():
-        assert f"{meaning} (for {commands}; default: {default!r})" in shown, name
+        assert f"--{name}" in shown and f"{meaning} (for {commands}; default: {default!r}" in shown
+    assert "default: 384, on a CPU 128)" in shown
 
 
 def test_train_generate_evaluate(cli, trained):
