@@ -8,7 +8,7 @@
 gpt_from_scratch.ipynb explains every line and writes this file: make changes there."""
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch>=2.11,<2.14"]
+# dependencies = ["torch>=2.11,<2.14", "numpy"]
 # ///
 import argparse, array, hashlib, http.client, json, math, os, signal, sys, time
 import urllib.request
@@ -320,7 +320,8 @@ def train(config, data="", out_dir=OUT_DIR, resume=False, device="auto", dtype="
           f"{len(train_data):,} characters of {path}{', compiled' * run['compiled']}", file=LOG)
     forward = autocast(nn.parallel.DistributedDataParallel(forward) if world > 1 else forward)
     begin -= run["seconds"]
-    evaluated, resumed = run["metrics"][-1]["step"] if run["metrics"] else 0, time.perf_counter()
+    evaluated = run["metrics"][-1]["step"] if run["metrics"] else 0
+    first, resumed = run["step"], time.perf_counter()
     while True:
         step, run["seconds"] = run["step"], time.perf_counter() - begin
         done = run["seconds"] / 60 / config.minutes if config.minutes else step / config.max_iters
@@ -331,8 +332,8 @@ def train(config, data="", out_dir=OUT_DIR, resume=False, device="auto", dtype="
         factor = min(1.0, max(0.0, 1 - done) / config.decay_fraction)
         due = step > evaluated and (done >= 1 or step % config.eval_interval == 0)
         if due and rank == 0:
-            speed = (step - evaluated) * tokens / (time.perf_counter() - resumed)
-            train_loss = float(run["loss_sum"]) / (step - evaluated)
+            train_loss = float(run["loss_sum"]) / (step - evaluated)  # waits for the device
+            speed = (step - first) * tokens / (time.perf_counter() - resumed)
             check(math.isfinite(train_loss), f"the loss is {train_loss} by step {step}: go on from "
                   "the last checkpoint with --resume, or start again with a lower learning_rate")
             val_loss = evaluate(model.eval(), val_data, config.block_size)
@@ -346,12 +347,12 @@ def train(config, data="", out_dir=OUT_DIR, resume=False, device="auto", dtype="
             left = max(0.0, 1 / done - 1) * run["seconds"] / 60
             print(f"step {step}: train {train_loss:.4f}, val {val_loss:.4f}, {speed:,.0f} "
                   f"tokens/s, {left:.1f} minutes left", file=LOG)
-            run["loss_sum"], evaluated, resumed = 0.0, step, time.perf_counter()
+            run["loss_sum"], evaluated, first, resumed = 0.0, step, step, time.perf_counter()
         if (due or stop) and rank == 0:
             content = run | {"model": model.state_dict()}
-            write(out_dir / "last.pt", content | {"state": [k.state_dict() for k in keepers]})
             if due and better:
                 write(out_dir / "best.pt", content)
+            write(out_dir / "last.pt", content | {"state": [k.state_dict() for k in keepers]})
             rows = "".join(json.dumps(row) + "\n" for row in run["metrics"])
             write(out_dir / "metrics.jsonl", rows.encode())
             write(out_dir / "run.json", json.dumps(run, indent=1, default=float).encode())
@@ -431,9 +432,11 @@ def main(argv=None):
     caught = []
     parser.add_argument("command", choices=["train", "generate", "evaluate"])
     for name, (commands, default, meaning) in FLAGS.items():
+        preset = PRESETS["cpu"].get(name, default)
+        shown = repr(default) if preset == default else f"{default!r}, on a CPU {preset!r}"
         kind = {"type": type(default), "choices": CHOICES.get(name)}
         parser.add_argument(f"--{name}", default=argparse.SUPPRESS,
-                            help=f"{meaning} (for {commands}; default: {default!r})",
+                            help=f"{meaning} (for {commands}; default: {shown})",
                             **({"action": "store_true"} if default is False else kind))
     try:
         given = vars(parser.parse_args(argv))
