@@ -10,7 +10,7 @@ gpt_from_scratch.ipynb explains every line and writes this file: make changes th
 # requires-python = ">=3.11"
 # dependencies = ["torch>=2.11,<2.14", "numpy"]
 # ///
-import argparse, array, hashlib, http.client, json, math, os, signal, sys, time
+import argparse, array, copy, hashlib, http.client, json, math, os, signal, sys, time
 import urllib.request
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -47,6 +47,7 @@ class Config:
     learning_rate: float = option(0.02, "peak rate of Muon, for the matrices of the layers")
     adamw_learning_rate: float = option(0.004, "peak rate of AdamW, for embedding and head")
     decay_fraction: float = option(0.8, "last part of training, in which the rates fall to 0")
+    short_fraction: float = option(0.8, "first part of training, on more and shorter windows")
     weight_decay: float = option(0.2, "decoupled decay of the matrices")
     dropout: float = option(0.1, "share of the numbers dropped from each branch")
     eval_interval: int = option(250, "steps between evaluations")
@@ -59,11 +60,11 @@ class Config:
                   f"{f.name} must be {f.type.__name__}, at least {least}, not {value!r}")
         check(self.n_embd % (2 * self.n_head) == 0, f"n_embd ({self.n_embd}) must be a multiple of "
               f"2 * n_head ({2 * self.n_head}), so that every head has an even size")
-        check(self.dropout < 1 and 0 < self.decay_fraction <= 1,
-              "dropout must be below 1, decay_fraction above 0 and at most 1")
+        check(self.dropout < 1 and self.short_fraction <= 1 and 0 < self.decay_fraction <= 1,
+              "dropout must be below 1, short_fraction and decay_fraction (above 0) at most 1")
 
 PRESETS = {"cpu": dict(n_head=2, n_embd=128, batch_size=8, adamw_learning_rate=0.005,
-                       weight_decay=0.1, dropout=0.0)}  # where they differ from the defaults
+                       dropout=0.0, eval_interval=1000)}  # where they differ from the defaults
 OUT_DIR = "outputs/runs/shakespeare"
 
 # ---- data ----------------------------------------------------------------------------------------
@@ -86,7 +87,7 @@ def find_text():
     source = TEXT.resolve().as_uri() if TEXT.exists() else URL
     try:
         content = urllib.request.urlopen(source, timeout=20).read()
-    except (OSError, http.client.HTTPException) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         check(BUNDLED.exists(), f"no network: save {URL} as {TEXT}, or name a text with --data")
         print(f"no tiny Shakespeare ({error}): using {BUNDLED} instead", file=LOG)
         return BUNDLED
@@ -147,19 +148,16 @@ def attention(q, k, v):
     if q.device.type == "cpu" and torch.is_grad_enabled():  # there the fused backward is slower
         scores = (q @ k.mT / math.sqrt(q.size(-1))).masked_fill(~mask, -math.inf)
         return scores.softmax(-1).to(v.dtype) @ v
-    return F.scaled_dot_product_attention(q, k, v, None if T == S else mask, is_causal=T == S)
+    mask = mask if 1 < T < S else None  # one query may look everywhere
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=T == S)
 
 class KVCache:
-    """Keys and values, (L, 2, B, H, block_size, D), of the `length` characters read so far."""
+    """What a model keeps of the `length` ids that it has read: keys and values of each layer,
+    (L, 2, B, H, block_size, D), and the last two ids, (B, 2)."""
     def __init__(self, config, batch_size, device):
         shape = 2, batch_size, config.n_head, config.block_size, config.n_embd // config.n_head
         self.kv, self.length = torch.zeros(config.n_layer, *shape, device=device), 0
-
-    def append(self, layer, k, v):
-        """Add a layer's keys and values (B, H, T, D); return all that it has, 2 x (B, H, S, D)."""
-        end = self.length + k.size(-2)
-        self.kv[layer, ..., self.length:end, :] = torch.stack((k, v))
-        return self.kv[layer, ..., :end, :]
+        self.recent = torch.zeros(batch_size, 0, dtype=torch.long, device=device)
 
 class GPT(nn.Module):
     """Transformer from ids (B, T) to logits (B, T, V). Stacks hold one matrix for every layer,
@@ -167,28 +165,38 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config, L, C, V = config, config.n_layer, config.n_embd, config.vocab_size
-        self.embedding = nn.Parameter(torch.randn(V, C))
+        scale = torch.tensor([1, 2, 2])[:, None, None]  # a character, and the two before it
+        self.embedding = nn.Parameter(torch.randn(3, V, C) / scale)
         self.qkv = nn.Parameter(torch.randn(L, 3 * C, C) / math.sqrt(3 * C))
         self.out = nn.Parameter(torch.zeros(L, C, C))
         self.up = nn.Parameter(torch.randn(L, 4 * C, C) / math.sqrt(3 * C))
         self.down = nn.Parameter(torch.zeros(L, C, 4 * C))
         self.head = nn.Parameter(torch.zeros(V, C))
 
+    def block(self, x, qkv, out, up, down, start=0, kv=None):
+        """One layer: x (B, T, C) after attention and MLP; adds keys and values to a cache's kv."""
+        (B, T, _), H, p = x.shape, self.config.n_head, self.config.dropout * self.training
+        q, k, v = F.linear(norm(x), qkv).view(B, T, 3, H, -1).permute(2, 0, 3, 1, 4)
+        q, k = rotary(norm(q), start), rotary(norm(k), start)  # (B, H, T, D), QK norm
+        if kv is not None:
+            kv[..., start:start + T, :] = torch.stack((k, v))
+            k, v = kv[..., :start + T, :]  # (B, H, S, D)
+        y = attention(q, k, v).transpose(1, 2).reshape(B, T, -1)  # (B, T, C)
+        x = x + F.dropout(F.linear(y, out), p)
+        y = F.relu(F.linear(norm(x), up)).square()  # (B, T, 4C), ReLU^2 (So et al., 2021)
+        return x + F.dropout(F.linear(y, down), p)
+
     def forward(self, idx, cache=None):
-        """Logits for ids that go on from what `cache`, if there is one, has seen."""
-        (B, T), H, start = idx.shape, self.config.n_head, cache.length if cache else 0
-        p = self.config.dropout * self.training
-        x = norm(F.embedding(idx, self.embedding))  # (B, T, C)
-        for layer, (qkv, out, up, down) in enumerate(zip(self.qkv, self.out, self.up, self.down)):
-            q, k, v = F.linear(norm(x), qkv).view(B, T, 3, H, -1).permute(2, 0, 3, 1, 4)
-            q, k = rotary(norm(q), start), rotary(norm(k), start)  # (B, H, T, D), QK norm
-            k, v = cache.append(layer, k, v) if cache else (k, v)  # (B, H, S, D)
-            y = attention(q, k, v).transpose(1, 2).reshape(B, T, -1)  # (B, T, C)
-            x = x + F.dropout(F.linear(y, out), p)
-            y = F.relu(F.linear(norm(x), up)).square()  # (B, T, 4C), ReLU^2 (So et al., 2021)
-            x = x + F.dropout(F.linear(y, down), p)
+        """Logits for ids that go on from what `cache`, if there is one, has read."""
+        T, start, kv = idx.size(1), 0, [None] * self.config.n_layer
         if cache:
-            cache.length += T
+            start, kv, idx = cache.length, cache.kv, torch.cat((cache.recent, idx), dim=1)
+            cache.length, cache.recent = start + T, idx[:, 1 - len(self.embedding):]
+        x = sum(F.pad(F.embedding(idx[:, :idx.size(1) - i], table), (0, 0, i, 0))
+                for i, table in enumerate(self.embedding))
+        x = norm(x[:, -T:])  # (B, T, C)
+        for layer in zip(self.qkv, self.out, self.up, self.down, kv):
+            x = self.block(x, *layer[:4], start, layer[4])
         return F.linear(norm(x), self.head)  # (B, T, V)
 
 # ---- optimizer -----------------------------------------------------------------------------------
@@ -199,7 +207,8 @@ def orthogonalize(x):
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         gram = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+        series = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, series, x, beta=3.4445)
     return x
 
 class Muon(torch.optim.Optimizer):
@@ -260,8 +269,9 @@ def load(path, device):
 
 def try_compile(model, x, autocast):
     """The model compiled for batches like x (B, T), or the model, with a notice, if that fails."""
-    try:
-        compiled = torch.compile(model, dynamic=False)
+    compiled = copy.copy(model)  # with the same weights
+    try:  # one block for all layers: compiling the whole model takes three times as long
+        compiled.block = torch.compile(model.block, dynamic=False)
         autocast(compiled)(x).sum().backward()
         return compiled
     except Exception as error:  # no C++ compiler, no Triton, an old GPU: each has its own type
@@ -290,8 +300,8 @@ def train(config, data="", out_dir=OUT_DIR, resume=False, device="auto", dtype="
           f"multiple of {world} processes x {parts} gradient_accumulation_steps")
     torch.manual_seed(config.seed)
     model = GPT(config).to(device)
-    progress = {"step": 0, "seconds": 0.0, "loss_sum": 0.0, "val_loss": math.inf,
-                "best_val_loss": math.inf, "metrics": []}
+    progress = {"step": 0, "skipped_steps": 0, "seconds": 0.0, "loss_sum": 0.0,
+                "val_loss": math.inf, "best_val_loss": math.inf, "metrics": []}
     run = {"config": asdict(config), "chars": tokenizer.chars, "data": str(path),
            "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest(), "device": str(device),
            "precision": str(dtype)[6:], "processes": world, "torch": str(torch.__version__),
@@ -345,24 +355,27 @@ def train(config, data="", out_dir=OUT_DIR, resume=False, device="auto", dtype="
                                    "learning_rate": config.learning_rate * factor,
                                    "tokens_per_second": speed})
             left = max(0.0, 1 / done - 1) * run["seconds"] / 60
+            skipped = f", {run['skipped_steps']} skipped" if run["skipped_steps"] else ""
             print(f"step {step}: train {train_loss:.4f}, val {val_loss:.4f}, {speed:,.0f} "
-                  f"tokens/s, {left:.1f} minutes left", file=LOG)
+                  f"tokens/s, {left:.1f} minutes left{skipped}", file=LOG)
             run["loss_sum"], evaluated, first, resumed = 0.0, step, step, time.perf_counter()
         if (due or stop) and rank == 0:
             content = run | {"model": model.state_dict()}
             if due and better:
                 write(out_dir / "best.pt", content)
-            write(out_dir / "last.pt", content | {"state": [k.state_dict() for k in keepers]})
             rows = "".join(json.dumps(row) + "\n" for row in run["metrics"])
             write(out_dir / "metrics.jsonl", rows.encode())
             write(out_dir / "run.json", json.dumps(run, indent=1, default=float).encode())
+            write(out_dir / "last.pt", content | {"state": [k.state_dict() for k in keepers]})
         if stop:
             print(f"saved at step {step}: --resume goes on from there", file=LOG)
         if done >= 1 and step or stop:
             return run
         seed = hash((config.seed, step)) % 2**32  # this, weights and optimizers make the step
         torch.manual_seed(seed + rank)
-        batch = get_batch(train_data, config.batch_size, config.block_size, seed)
+        cut = 1 if done >= config.short_fraction else 2 if done >= config.short_fraction / 2 else 4
+        cut = math.gcd(cut, config.block_size)  # windows of a quarter, then half the block_size
+        batch = get_batch(train_data, config.batch_size * cut, config.block_size // cut, seed)
         for x, y in zip(*(side.chunk(world)[rank].chunk(parts) for side in batch)):
             loss = F.cross_entropy(forward(x).flatten(0, 1).float(), y.flatten()) / parts
             scaler.scale(loss).backward()
@@ -370,15 +383,19 @@ def train(config, data="", out_dir=OUT_DIR, resume=False, device="auto", dtype="
         for optimizer, peak in zip(keepers[1:], (config.learning_rate, config.adamw_learning_rate)):
             optimizer.param_groups[0]["lr"] = peak * factor
             autocast(scaler.step)(optimizer)
-        scaler.update()
+        scale, _ = scaler.get_scale(), scaler.update()
         model.zero_grad()
         run["step"] += 1
+        run["skipped_steps"] += scaler.get_scale() < scale  # float16 overflowed
+        check(scaler.get_scale() > 1e-3, f"float16 overflows again and again, last in step {step}: "
+              "go on from the last checkpoint with --resume --dtype float32")
 
 # ---- sampling ------------------------------------------------------------------------------------
 def sample_next(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     """One id for each row of logits (B, V), int64 (B, 1) on the CPU. Temperature 0 takes the
     likeliest. top_k 0 and top_p 1 keep all characters (top-p: Holtzman et al., 2020)."""
-    logits = logits.float().cpu()
+    logits = logits.cpu().double()  # in 64 bits, so that any temperature and top_p has an effect
+    check(logits.amax(-1).isfinite().all(), "the model gives no numbers: its checkpoint is damaged")
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature
@@ -391,13 +408,14 @@ def sample_next(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
 def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, seed=1):
     """Go on from idx (B, T), character by character: yields max_new_tokens ids (B, 1). When the
     window is full, or the prompt longer, the model reads the last half window again."""
-    check(temperature >= 0 and top_k >= 0 and 0 < top_p <= 1,
-          "temperature and top_k must be at least 0, top_p above 0 and at most 1")
+    check(temperature >= 0 and top_k >= 0 and 0 < top_p <= 1 and abs(seed) < 2**63, "temperature "
+          "and top_k must be at least 0, top_p above 0 and at most 1, seed a number of 64 bits")
     block_size, device, seen = model.config.block_size, model.head.device, idx
     generator, cache = torch.Generator().manual_seed(seed), KVCache(model.config, len(idx), device)
     for _ in range(max_new_tokens):
         if cache.length + idx.size(1) > block_size:
-            cache.length, idx = 0, seen[:, -max(1, block_size // 2):]
+            cache = KVCache(model.config, len(idx), device)
+            idx = seen[:, -max(1, block_size // 2):]
         logits = model(idx.to(device), cache)[:, -1]  # (B, V)
         idx = sample_next(logits, temperature, top_k, top_p, generator)
         seen = torch.cat((seen, idx), dim=1)
@@ -463,7 +481,7 @@ def main(argv=None):
             _, _, val_data = load_text(args.data or saved["data"], tokenizer)
             loss = evaluate(model, val_data.to(device), model.config.block_size)
             print(f"{loss:.5f} nats and {loss / math.log(2):.5f} bits per character, "
-                  f"perplexity {math.exp(loss):.4f}")
+                  f"perplexity {math.exp(min(loss, 700)):.4f}")
             return 0
         prompt = args.prompt
         if args.prompt_file:
