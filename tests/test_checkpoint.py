@@ -56,7 +56,7 @@ def test_killed_run_resumes_to_the_same_weights(tmp_path, text_file, train):
     start = list(map(str, command + shape))
     process = subprocess.Popen(start, stderr=subprocess.DEVNULL)
     for _ in range(600):
-        if (tmp_path / "killed/metrics.jsonl").exists() or process.poll() is not None:
+        if (tmp_path / "killed/last.pt").exists() or process.poll() is not None:
             break
         time.sleep(0.05)
     process.kill()

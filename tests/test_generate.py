@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -50,7 +52,8 @@ def drawn(**dials):
     ({}, {0, 1, 2, 3}), (dict(top_k=99), {0, 1, 2, 3}), (dict(top_k=2), {0, 1}),
     (dict(top_k=1), {0}),
     (dict(top_p=0.35), {0}), (dict(top_p=0.65), {0, 1}), (dict(top_p=0.75), {0, 1, 2}),
-    (dict(top_p=1e-9), {0}), (dict(temperature=0), {0}), (dict(temperature=1e-30), {0}),
+    (dict(top_p=1e-300), {0}), (dict(temperature=0), {0}), (dict(temperature=1e-300), {0}),
+    (dict(temperature=1e300), {0, 1, 2, 3}),
     (dict(top_k=3, top_p=0.65), {0, 1})])
 def test_filters_exclude_what_they_should(dials, expected):
     assert drawn(**dials) == expected
@@ -63,7 +66,13 @@ def test_temperature_shapes_the_distribution():
 
 
 @pytest.mark.parametrize("dials", [dict(temperature=-1), dict(top_k=-1), dict(top_p=0),
-                                   dict(top_p=2)])
+                                   dict(top_p=2), dict(seed=2**64)])
 def test_impossible_dials(model, dials):
     with pytest.raises(gpt.UserError, match="top_p"):
         next(gpt.generate(model, torch.zeros(1, 1).long(), 1, **dials))
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_logits_that_are_no_numbers_are_refused(broken):
+    with pytest.raises(gpt.UserError, match="damaged"):
+        gpt.sample_next(torch.tensor([[0.0, broken]]))

@@ -17,6 +17,36 @@ def test_causal_at_every_position(model, idx):
             assert not moved[:t].any() and moved[t:].any()
 
 
+def test_forward_is_the_plain_formula(model, idx):
+    """The whole model again, position by position and head by head, from the papers' formulas."""
+    H, D = 2, 16
+    angles = torch.outer(torch.arange(16), 10000.0 ** (-torch.arange(8) / 8))
+    turns = torch.polar(torch.ones_like(angles), angles)  # (T, D / 2)
+
+    def unit(x):
+        return x / (x.square().mean(-1, keepdim=True) + torch.finfo(x.dtype).eps).sqrt()
+
+    def turned(x):
+        return torch.view_as_real(torch.complex(*x.chunk(2, -1)) * turns).mT.flatten(-2)
+
+    with torch.no_grad():
+        for text, logits in zip(idx, model(idx)):
+            x = torch.stack([sum(model.embedding[i, text[t - i]] for i in range(3) if t >= i)
+                             for t in range(16)])
+            x = unit(x)
+            for qkv, out, up, down in zip(model.qkv, model.out, model.up, model.down):
+                heads = (unit(x) @ qkv.T).view(16, 3, H, D)
+                read = []
+                for h in range(H):
+                    q, k, v = heads[:, 0, h], heads[:, 1, h], heads[:, 2, h]
+                    scores = turned(unit(q)) @ turned(unit(k)).T / math.sqrt(D)
+                    read.append(torch.stack([scores[t, :t + 1].softmax(0) @ v[:t + 1]
+                                             for t in range(16)]))
+                x = x + torch.cat(read, -1) @ out.T
+                x = x + (unit(x) @ up.T).clamp(min=0) ** 2 @ down.T
+            assert torch.allclose(unit(x) @ model.head.T, logits, atol=1e-4)
+
+
 def test_attention_is_explicit_softmax():
     q, k, v = torch.randn(3, 2, 3, 10, 8)
     scores = (q @ k.mT / math.sqrt(8)).masked_fill(torch.ones(10, 10).triu(1) > 0, -math.inf)
@@ -71,7 +101,17 @@ def test_every_parameter_gets_a_gradient(model, idx):
 def test_parameter_count(config):
     C, V, L = config.n_embd, config.vocab_size, config.n_layer
     count = sum(p.numel() for p in gpt.GPT(config).parameters())
-    assert count == 2 * V * C + L * 12 * C * C
+    assert count == 4 * V * C + L * 12 * C * C
+
+
+def test_embedding_sees_three_characters(config, idx):
+    """With layers that do nothing yet, a character reaches its own and the next two positions."""
+    model = gpt.GPT(config)
+    torch.nn.init.normal_(model.head)
+    touched = idx.clone()
+    touched[:, 5] = (touched[:, 5] + 1) % 65
+    moved = (model(touched) - model(idx)).abs().amax((0, 2)) > 1e-6
+    assert moved.nonzero().flatten().tolist() == [5, 6, 7]
 
 
 def test_dropout_is_off_in_eval_mode(config, idx):

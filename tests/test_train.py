@@ -49,6 +49,34 @@ def test_every_seed_and_step_draws_another_batch(train, monkeypatch):
     assert len(drawn) == len(set(drawn)) == 5 * 8
 
 
+def test_windows_grow_and_the_batch_keeps_its_characters(train, monkeypatch):
+    draw, shapes = gpt.get_batch, []
+
+    def get_batch(data, batch_size, block_size, seed):
+        shapes.append((batch_size, block_size))
+        return draw(data, batch_size, block_size, seed)
+
+    monkeypatch.setattr(gpt, "get_batch", get_batch)
+    train("grows", max_iters=10, short_fraction=0.8)
+    train("stays", max_iters=2, short_fraction=0.0)
+    assert shapes == [(16, 4)] * 4 + [(8, 8)] * 4 + [(4, 16)] * 4
+
+
+def test_float16_overflows_are_skipped_and_counted(train, monkeypatch):
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda *args, **options: scaler(
+        *args, init_scale=2.0**30, **options))
+    run, _ = train("run", dtype="float16", max_iters=30)
+    assert 5 < run["skipped_steps"] < 25 and math.isfinite(run["val_loss"])
+
+
+def test_float16_that_always_overflows_stops(train, monkeypatch):
+    cross_entropy = F.cross_entropy
+    monkeypatch.setattr(F, "cross_entropy", lambda *args: cross_entropy(*args) * 1e30)
+    with pytest.raises(gpt.UserError, match="float16 overflows"):
+        train("run", dtype="float16", max_iters=60, eval_interval=1000)
+
+
 def test_same_seed_same_weights(train):
     _, a = train("a")
     _, b = train("b")
@@ -110,10 +138,13 @@ def test_a_budget_too_short_for_a_step_still_leaves_a_run(train):
 
 
 def test_rates_are_flat_then_fall_to_zero(train):
-    run, _ = train("run", max_iters=10, eval_interval=1, decay_fraction=0.5)
+    run, out_dir = train("run", max_iters=10, eval_interval=1, decay_fraction=0.5)
     rates = [row["learning_rate"] / 0.02 for row in run["metrics"]]  # after steps 1 to 10
     expected = [1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2, 0]
     assert rates == pytest.approx(expected, abs=1e-6)
+    states = torch.load(out_dir / "last.pt", weights_only=True)["state"][1:]  # after a scaler's
+    used = [state["param_groups"][0]["lr"] for state in states]  # in the last step
+    assert used == pytest.approx([0.2 * 0.02, 0.2 * 0.004])
 
 
 def test_float16_with_a_scaler_trains(train):

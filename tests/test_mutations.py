@@ -1,0 +1,96 @@
+"""Faults that people make, one at a time in a copy of gpt.py. Each must turn the test red that is
+named beside it; without a fault, all of these tests are green."""
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from conftest import ROOT
+
+EXPLICIT = "test_model.py::test_attention_is_explicit_softmax"
+CAUSAL = "test_model.py::test_causal_at_every_position"
+FORMULA = "test_model.py::test_forward_is_the_plain_formula"
+BATCH = "test_data.py::test_batch_is_fixed_by_seed_and_shifted_by_one"
+SPLIT = "test_data.py::test_split_is_disjoint_and_complete"
+CACHE = "test_generate.py::test_cached_logits_are_the_uncached"
+WINDOW = "test_generate.py::test_greedy_text_is_the_uncached_also_past_the_window"
+FILTERS = "test_generate.py::test_filters_exclude_what_they_should"
+WARMTH = "test_generate.py::test_temperature_shapes_the_distribution"
+MUON = "test_optimizer.py::test_muon_follows_torchs_muon"
+RATES = "test_train.py::test_rates_are_flat_then_fall_to_zero"
+DRAWS = "test_train.py::test_every_seed_and_step_draws_another_batch"
+WHOLE = "test_train.py::test_evaluate_covers_every_character_once"
+TRACE = "test_train.py::test_evaluation_leaves_no_trace"
+PARTS = "test_train.py::test_accumulated_gradients_are_those_of_the_whole_batch"
+RESUME = "test_checkpoint.py::test_resumed_is_uninterrupted"
+SAVED = "test_checkpoint.py::test_a_failed_save_leaves_the_old_file"
+
+FAULTS = {
+    "no mask while training": (".masked_fill(~mask, -math.inf)", "", EXPLICIT),
+    "no mask while generating": ("is_causal=T == S", "is_causal=False", CAUSAL),
+    "mask off by one": ("tril(S - T)", "tril(S - T + 1)", EXPLICIT),
+    "no 1 / sqrt(D)": (" / math.sqrt(q.size(-1))", "", EXPLICIT),
+    "softmax over the queries": ("scores.softmax(-1)", "scores.softmax(-2)", EXPLICIT),
+    "rotary angles of the keys shifted by one":
+        ("rotary(norm(k), start)", "rotary(norm(k), start + 1)", FORMULA),
+    "values turned too": ("torch.stack((k, v))", "torch.stack((k, rotary(v, start)))", CACHE),
+    "no norm before the MLP": ("F.linear(norm(x), up)", "F.linear(x, up)", FORMULA),
+    "no QK norm for the queries": ("rotary(norm(q), start)", "rotary(q, start)", FORMULA),
+    "ReLU without its square": (".square()  # (B, T, 4C)", "  # (B, T, 4C)", FORMULA),
+    "earlier characters forgotten by the cache":
+        ("idx[:, 1 - len(self.embedding):]", "idx[:, :0]", CACHE),
+    "cache position off by one": ("= start + T, idx", "= start + T - 1, idx", CACHE),
+    "cache not emptied when the window is full":
+        ("            cache = KVCache(model.config, len(idx), device)\n",
+         "            cache.length = 0\n", WINDOW),
+    "targets not shifted": ("window[:, 1:]", "window[:, :-1]", BATCH),
+    "validation text in training": ("return tokenizer, ids[:cut]", "return tokenizer, ids", SPLIT),
+    "the last window not evaluated":
+        ("zip(data[:-1].split(block_size)", "zip(data[:-block_size].split(block_size)", WHOLE),
+    "rate not decayed": ("= peak * factor", "= peak", RATES),
+    "decay left out": ("p.mul_(1 - lr * group[\"weight_decay\"])", "p", MUON),
+    "decay coupled with the gradient":
+        ("p.grad.lerp(average, momentum))", "p.grad.lerp(average, momentum) + p)", MUON),
+    "no Nesterov": ("(p.grad.lerp(average, momentum))", "(average)", MUON),
+    "top-p keeps one too few": (".cumsum(-1) - probs < top_p", ".cumsum(-1) < top_p", FILTERS),
+    "top-k keeps one too many": ("top_k or len(probs[0])", "top_k + 1 or len(probs[0])", FILTERS),
+    "temperature ignored": (") / temperature", ")", WARMTH),
+    "every step the same batch": ("hash((config.seed, step))", "hash((config.seed, 0))", DRAWS),
+    "dropout goes on after an evaluation":
+        ("            model.train()\n", "", TRACE),
+    "parts of a batch not averaged": ("y.flatten()) / parts", "y.flatten())", PARTS),
+    "optimizers not resumed": ("keeper.load_state_dict(state)", "pass", RESUME),
+    "saving straight into the file":
+        ("temporary = f\"{path}.{os.getpid()}.tmp\"", "temporary = path", SAVED)}
+
+
+def red(folder, source, *tests):
+    """Whether one of the tests fails on this gpt.py."""
+    for name in ("tests", "data"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / ".pytest.ini", folder)
+    (folder / "gpt.py").write_text(source, encoding="utf-8")
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider"]
+    done = subprocess.run(command + [f"tests/{test}" for test in tests], cwd=folder,
+                          capture_output=True, text=True, timeout=300,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode in (0, 1), done.stdout + done.stderr  # 1: ran, and a test failed
+    return done.returncode == 1
+
+
+@pytest.fixture
+def source():
+    return (ROOT / "gpt.py").read_text(encoding="utf-8")
+
+
+def test_without_a_fault_all_are_green(tmp_path, source):
+    assert not red(tmp_path, source, *sorted({test for _, _, test in FAULTS.values()}))
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_fault_is_caught(tmp_path, source, fault):
+    right, wrong, test = FAULTS[fault]
+    assert source.count(right) == 1
+    assert red(tmp_path, source.replace(right, wrong), test)
