@@ -67,7 +67,7 @@ pre.textContent = JSON.stringify({errors, steps});
 def built():
     """Weights (2, 3, 9, 9), their passage, and a page with the notebook's viewer twice."""
     cells = json.loads((ROOT / "gpt_from_scratch.ipynb").read_text(encoding="utf-8"))["cells"]
-    scope = {"json": json}
+    scope = {"html": html, "json": json}
     for cell in cells:
         source = "".join(cell["source"])
         if source.startswith(("STYLE = ", "SCRIPT ")) or "def viewer(" in source:
