@@ -50,12 +50,13 @@ class Config:
     short_fraction: float = option(0.8, "first part of training, on more and shorter windows")
     weight_decay: float = option(0.2, "decoupled decay of the matrices")
     dropout: float = option(0.1, "share of the numbers dropped from each branch")
-    eval_interval: int = option(250, "steps between evaluations")
+    eval_interval: int = option(0, "steps between evaluations; 0: what reads the text twice")
     seed: int = option(1, "seed of weights, batches and dropout")
 
     def __post_init__(self):
         for f in fields(self):
-            value, least = getattr(self, f.name), int(f.type is int and f.name != "seed")
+            value = getattr(self, f.name)
+            least = int(f.type is int and f.name not in ("eval_interval", "seed"))
             check(type(value) in (int, f.type) and least <= value < 2**31,
                   f"{f.name} must be {f.type.__name__}, at least {least}, not {value!r}")
         check(self.n_embd % (2 * self.n_head) == 0, f"n_embd ({self.n_embd}) must be a multiple of "
@@ -64,7 +65,7 @@ class Config:
               "dropout must be below 1, short_fraction and decay_fraction (above 0) at most 1")
 
 PRESETS = {"cpu": dict(n_head=2, n_embd=128, batch_size=8, adamw_learning_rate=0.005,
-                       dropout=0.0, eval_interval=1000)}  # where they differ from the defaults
+                       dropout=0.0)}  # where they differ from the defaults
 OUT_DIR = "outputs/runs/shakespeare"
 
 # ---- data ----------------------------------------------------------------------------------------
@@ -133,20 +134,26 @@ def norm(x):
     """RMSNorm over the last axis, without weights (Zhang and Sennrich, 2019)."""
     return F.rms_norm(x, (x.size(-1),))
 
-def rotary(x, start):
-    """Rotate pairs of channels of x (B, H, T, D), at positions from `start` (Su et al., 2021)."""
-    T, D = x.shape[-2:]
-    speeds = 10000.0 ** (-torch.arange(0, D, 2, device=x.device) / D)
-    angles = torch.outer(torch.arange(start, start + T, device=x.device), speeds)  # (T, D / 2)
-    (a, b), cos, sin = x.chunk(2, dim=-1), angles.cos(), angles.sin()
+def rotary(x, cos, sin):
+    """Rotate pairs of channels of x (B, H, T, D) by angles with this cos and sin, (T, D / 2), that
+    grow with the position (Su et al., 2021)."""
+    a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
-def attention(q, k, v):
-    """Causal attention of T queries (B, H, T, D), the last of S positions, to k, v (B, H, S, D)."""
-    T, S = q.size(-2), k.size(-2)
-    mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+def positions(start, T, D, device=None):
+    """What only the positions from `start` on decide: cos and sin of the rotary angles, (T, D / 2),
+    and the causal mask (T, start + T), 0 where a query may look and -inf in its future."""
+    speeds = 10000.0 ** (-torch.arange(0, D, 2, device=device) / D)
+    angles = torch.outer(torch.arange(start, start + T, device=device), speeds)
+    mask = torch.full((T, start + T), -math.inf, device=device).triu(start + 1)
+    return angles.cos(), angles.sin(), mask
+
+def attention(q, k, v, mask):
+    """Causal attention of T queries (B, H, T, D), the last of S positions, to k, v (B, H, S, D),
+    with their mask (T, S)."""
+    T, S = mask.shape
     if q.device.type == "cpu" and torch.is_grad_enabled():  # there the fused backward is slower
-        scores = (q @ k.mT / math.sqrt(q.size(-1))).masked_fill(~mask, -math.inf)
+        scores = q @ k.mT / math.sqrt(q.size(-1)) + mask
         return scores.softmax(-1).to(v.dtype) @ v
     mask = mask if 1 < T < S else None  # one query may look everywhere
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=T == S)
@@ -173,15 +180,16 @@ class GPT(nn.Module):
         self.down = nn.Parameter(torch.zeros(L, C, 4 * C))
         self.head = nn.Parameter(torch.zeros(V, C))
 
-    def block(self, x, qkv, out, up, down, start=0, kv=None):
+    def block(self, x, qkv, out, up, down, kv, cos, sin, mask):
         """One layer: x (B, T, C) after attention and MLP; adds keys and values to a cache's kv."""
         (B, T, _), H, p = x.shape, self.config.n_head, self.config.dropout * self.training
         q, k, v = F.linear(norm(x), qkv).view(B, T, 3, H, -1).permute(2, 0, 3, 1, 4)
-        q, k = rotary(norm(q), start), rotary(norm(k), start)  # (B, H, T, D), QK norm
+        q, k = rotary(norm(q), cos, sin), rotary(norm(k), cos, sin)  # (B, H, T, D), QK norm
         if kv is not None:
-            kv[..., start:start + T, :] = torch.stack((k, v))
-            k, v = kv[..., :start + T, :]  # (B, H, S, D)
-        y = attention(q, k, v).transpose(1, 2).reshape(B, T, -1)  # (B, T, C)
+            S = mask.size(1)
+            kv[..., S - T:S, :] = torch.stack((k, v))
+            k, v = kv[..., :S, :]  # (B, H, S, D)
+        y = attention(q, k, v, mask).transpose(1, 2).reshape(B, T, -1)  # (B, T, C)
         x = x + F.dropout(F.linear(y, out), p)
         y = F.relu(F.linear(norm(x), up)).square()  # (B, T, 4C), ReLU^2 (So et al., 2021)
         return x + F.dropout(F.linear(y, down), p)
@@ -195,8 +203,9 @@ class GPT(nn.Module):
         x = sum(F.pad(F.embedding(idx[:, :idx.size(1) - i], table), (0, 0, i, 0))
                 for i, table in enumerate(self.embedding))
         x = norm(x[:, -T:])  # (B, T, C)
+        place = positions(start, T, x.size(-1) // self.config.n_head, x.device)
         for layer in zip(self.qkv, self.out, self.up, self.down, kv):
-            x = self.block(x, *layer[:4], start, layer[4])
+            x = self.block(x, *layer, *place)
         return F.linear(norm(x), self.head)  # (B, T, V)
 
 # ---- optimizer -----------------------------------------------------------------------------------
@@ -239,9 +248,12 @@ def evaluate(model, data, block_size):
     """Mean loss of a function from ids (B, T) to logits (B, T, V), in nats per character, over all
     of `data` in windows that don't overlap. Nothing is drawn at random."""
     check(len(data) > 1, "the validation part of the text is shorter than 2 characters")
-    total = 0.0
-    for x, y in zip(data[:-1].split(block_size), data[1:].long().split(block_size)):
-        total += F.cross_entropy(model(x[None])[0].float(), y, reduction="sum").item()
+    rest, total = -(len(data) - 1) % block_size, 0.0  # to fill the last window; it doesn't count
+    inputs = F.pad(data[:-1], (0, rest)).view(-1, block_size)
+    targets = F.pad(data[1:].long(), (0, rest), value=-100).view(-1, block_size)
+    for x, y in zip(inputs.split(16), targets.split(16)):
+        logits = model(x).flatten(0, 1).float()
+        total += F.cross_entropy(logits, y.flatten(), reduction="sum").item()
     return total / (len(data) - 1)
 
 def pick_device(device="auto", dtype="auto"):
@@ -294,6 +306,7 @@ def train(config, data="", out_dir=OUT_DIR, resume=False, device="auto", dtype="
     tokenizer, train_data, val_data = load_text(path)
     config = replace(config, vocab_size=len(tokenizer.chars))
     parts, tokens = config.gradient_accumulation_steps, config.batch_size * config.block_size
+    interval = config.eval_interval or max(1, min(1000, 2 * len(train_data) // tokens))
     check(len(train_data) > config.block_size,
           f"{path} is too short for a block_size of {config.block_size}: lower it or use more text")
     check(config.batch_size % (world * parts) == 0, f"batch_size ({config.batch_size}) must be a "
@@ -340,7 +353,7 @@ def train(config, data="", out_dir=OUT_DIR, resume=False, device="auto", dtype="
             distributed.broadcast(shared, 0)
         done, stop = shared.tolist()
         factor = min(1.0, max(0.0, 1 - done) / config.decay_fraction)
-        due = step > evaluated and (done >= 1 or step % config.eval_interval == 0)
+        due = step > evaluated and (done >= 1 or step % interval == 0)
         if due and rank == 0:
             train_loss = float(run["loss_sum"]) / (step - evaluated)  # waits for the device
             speed = (step - first) * tokens / (time.perf_counter() - resumed)
@@ -404,7 +417,7 @@ def sample_next(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     keep[:, top_k or len(probs[0]):] = False
     return ids.gather(-1, torch.multinomial(probs * keep, 1, generator=generator))
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, seed=1):
     """Go on from idx (B, T), character by character: yields max_new_tokens ids (B, 1). When the
     window is full, or the prompt longer, the model reads the last half window again."""

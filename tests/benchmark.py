@@ -23,6 +23,7 @@ import gpt
 ROOT = Path(gpt.__file__).parent
 SHAPES = {"nanogpt": dict(n_layer=6, n_head=6, n_embd=384, block_size=256, batch_size=16),
           "cpu": gpt.PRESETS["cpu"],
+          "gpt2": dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=2),
           "tiny": dict(n_layer=2, n_head=2, n_embd=32, block_size=32, batch_size=4)}  # for a try
 
 
@@ -294,15 +295,16 @@ def tables(document):
 
     text = ""
     for device, entries in document.items():
-        for kind, columns in SHOWN.items():
-            rows = [e["conditions"] | e["figures"] for name, e in entries.items()
-                    if re.match(rf"{kind}\b", name)]
-            columns = columns or [key for row in rows for key in row if isinstance(row[key], dict)]
-            if rows:
-                lines = [columns, ["---"] * len(columns),
-                         *([cell(row.get(key, "")) for key in columns] for row in rows)]
-                text += f"\n{kind}, {device}:\n\n"
-                text += "".join(f"| {' | '.join(line)} |\n" for line in lines)
+        groups = {}  # one table for each kind and shape
+        for name, e in entries.items():
+            groups.setdefault(name.partition(":")[0], []).append(e["conditions"] | e["figures"])
+        for label in sorted(groups, key=lambda label: [*SHOWN].index(label.split()[0])):
+            rows, columns = groups[label], SHOWN[label.split()[0]]
+            columns = columns or [key for key in rows[0] if isinstance(rows[0][key], dict)]
+            lines = [columns, ["---"] * len(columns),
+                     *([cell(row.get(key, "")) for key in columns] for row in rows)]
+            text += f"\n{label}, {device}:\n\n"
+            text += "".join(f"| {' | '.join(line)} |\n" for line in lines)
     return text
 
 

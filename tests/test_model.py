@@ -51,17 +51,20 @@ def test_attention_is_explicit_softmax():
     q, k, v = torch.randn(3, 2, 3, 10, 8)
     scores = (q @ k.mT / math.sqrt(8)).masked_fill(torch.ones(10, 10).triu(1) > 0, -math.inf)
     expected = scores.softmax(-1) @ v
+    _, _, mask = gpt.positions(0, 10, 8)
+    _, _, offset = gpt.positions(7, 3, 8)
     with torch.no_grad():
-        fused = gpt.attention(q, k, v)
-        last = gpt.attention(q[:, :, 7:], k, v)
-    assert torch.allclose(gpt.attention(q, k, v), expected, atol=1e-6)
+        fused = gpt.attention(q, k, v, mask)
+        last = gpt.attention(q[:, :, 7:], k, v, offset)
+    assert torch.allclose(gpt.attention(q, k, v, mask), expected, atol=1e-6)
     assert torch.allclose(fused, expected, atol=1e-6)
     assert torch.allclose(last, expected[:, :, 7:], atol=1e-6)
 
 
 def test_attention_on_both_paths_has_the_same_gradient():
     q, k, v = (torch.randn(1, 2, 6, 4, requires_grad=True) for _ in range(3))
-    explicit = torch.autograd.grad(gpt.attention(q, k, v).square().sum(), (q, k, v))
+    _, _, mask = gpt.positions(0, 6, 4)
+    explicit = torch.autograd.grad(gpt.attention(q, k, v, mask).square().sum(), (q, k, v))
     fused = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     reference = torch.autograd.grad(fused.square().sum(), (q, k, v))
     for a, b in zip(explicit, reference):
@@ -70,15 +73,16 @@ def test_attention_on_both_paths_has_the_same_gradient():
 
 def test_rotary_depends_on_distance_only():
     q, k = torch.randn(2, 1, 1, 20, 8)
-    near = gpt.rotary(q, 0) @ gpt.rotary(k, 0).mT
-    far = gpt.rotary(q, 100) @ gpt.rotary(k, 100).mT
+    start, later, much_later = (gpt.positions(t, 20, 8)[:2] for t in (0, 1, 100))
+    near = gpt.rotary(q, *start) @ gpt.rotary(k, *start).mT
+    far = gpt.rotary(q, *much_later) @ gpt.rotary(k, *much_later).mT
     assert torch.allclose(near, far, atol=1e-4)
-    assert not torch.allclose(near, gpt.rotary(q, 1) @ gpt.rotary(k, 0).mT, atol=1e-2)
+    assert not torch.allclose(near, gpt.rotary(q, *later) @ gpt.rotary(k, *start).mT, atol=1e-2)
 
 
 def test_rotary_continues_where_it_starts():
-    x = torch.randn(1, 1, 20, 8)
-    assert torch.allclose(gpt.rotary(x, 0)[:, :, 7:], gpt.rotary(x[:, :, 7:], 7), atol=1e-6)
+    whole, rest = gpt.positions(0, 20, 8), gpt.positions(7, 13, 8)
+    assert all(torch.equal(a[7:], b) for a, b in zip(whole, rest))
 
 
 def test_norm_matches_torch():

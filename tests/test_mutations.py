@@ -28,16 +28,17 @@ RESUME = "test_checkpoint.py::test_resumed_is_uninterrupted"
 SAVED = "test_checkpoint.py::test_a_failed_save_leaves_the_old_file"
 
 FAULTS = {
-    "no mask while training": (".masked_fill(~mask, -math.inf)", "", EXPLICIT),
+    "no mask while training": ("size(-1)) + mask", "size(-1))", EXPLICIT),
     "no mask while generating": ("is_causal=T == S", "is_causal=False", CAUSAL),
-    "mask off by one": ("tril(S - T)", "tril(S - T + 1)", EXPLICIT),
+    "mask off by one": ("triu(start + 1)", "triu(start + 2)", EXPLICIT),
     "no 1 / sqrt(D)": (" / math.sqrt(q.size(-1))", "", EXPLICIT),
     "softmax over the queries": ("scores.softmax(-1)", "scores.softmax(-2)", EXPLICIT),
     "rotary angles of the keys shifted by one":
-        ("rotary(norm(k), start)", "rotary(norm(k), start + 1)", FORMULA),
-    "values turned too": ("torch.stack((k, v))", "torch.stack((k, rotary(v, start)))", CACHE),
+        ("rotary(norm(k), cos, sin)", "rotary(norm(k), cos.roll(-1, 0), sin.roll(-1, 0))",
+         FORMULA),
+    "values turned too": ("torch.stack((k, v))", "torch.stack((k, rotary(v, cos, sin)))", CACHE),
     "no norm before the MLP": ("F.linear(norm(x), up)", "F.linear(x, up)", FORMULA),
-    "no QK norm for the queries": ("rotary(norm(q), start)", "rotary(q, start)", FORMULA),
+    "no QK norm for the queries": ("rotary(norm(q), cos, sin)", "rotary(q, cos, sin)", FORMULA),
     "ReLU without its square": (".square()  # (B, T, 4C)", "  # (B, T, 4C)", FORMULA),
     "earlier characters forgotten by the cache":
         ("idx[:, 1 - len(self.embedding):]", "idx[:, :0]", CACHE),
@@ -48,7 +49,8 @@ FAULTS = {
     "targets not shifted": ("window[:, 1:]", "window[:, :-1]", BATCH),
     "validation text in training": ("return tokenizer, ids[:cut]", "return tokenizer, ids", SPLIT),
     "the last window not evaluated":
-        ("zip(data[:-1].split(block_size)", "zip(data[:-block_size].split(block_size)", WHOLE),
+        ("inputs.split(16)", "inputs[:-1].split(16)", WHOLE),
+    "the filling of the last window evaluated": ("value=-100", "value=0", WHOLE),
     "rate not decayed": ("= peak * factor", "= peak", RATES),
     "decay left out": ("p.mul_(1 - lr * group[\"weight_decay\"])", "p", MUON),
     "decay coupled with the gradient":

@@ -41,21 +41,6 @@ def test_committed_copy_was_run_from_top_to_bottom():
     assert (ROOT / NAME).stat().st_size < 3_000_000
 
 
-def test_readme_shows_the_results_of_the_result_file():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    results = json.loads((ROOT / "outputs/results.json").read_text(encoding="utf-8"))
-    for row in results["models"]:
-        assert re.search(rf"\| {re.escape(row['name'])} \|.* {row['parameters']:,} \|.* "
-                         rf"{row['val_loss']:.4f} \|", readme), row["name"]
-
-
-def test_readme_shows_the_benchmarks_of_the_result_file():
-    command = [sys.executable, ROOT / "tests/benchmark.py", "--table"]
-    tables = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    shown = (ROOT / "README.md").read_text(encoding="utf-8").split("benchmarks -->")[1]
-    assert tables.strip() == shown.removesuffix("<!-- end of ").strip()
-
-
 def test_environment_and_readme_name_the_same_packages():
     conda = re.findall(r"^  - ([a-z]+)", (ROOT / "environment.yml").read_text(), re.MULTILINE)
     command = re.search(r"pip install torch==\S+ (jupyter.*?) &&", (ROOT / "README.md").read_text())

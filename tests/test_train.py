@@ -114,6 +114,12 @@ def test_files_agree(train, text_file):
     assert gpt.evaluate(model, val_data, 16) == pytest.approx(about["best_val_loss"], abs=1e-6)
 
 
+def test_by_default_it_evaluates_when_it_has_read_the_text_twice(train):
+    run, _ = train("run", eval_interval=0, max_iters=230)
+    assert 2 * run["train_characters"] // (4 * 16) == 112
+    assert [row["step"] for row in run["metrics"]] == [112, 224, 230]
+
+
 def test_evaluate_covers_every_character_once():
     data = torch.arange(50)
     seen = []
@@ -123,7 +129,21 @@ def test_evaluate_covers_every_character_once():
         return torch.zeros(*x.shape, 50)
 
     assert gpt.evaluate(model, data, 8) == pytest.approx(math.log(50), abs=1e-5)
-    assert seen == list(range(49))
+    assert seen == list(range(49)) + [0] * 7  # 7 fill the last window
+
+
+@pytest.mark.parametrize("length", [2, 7, 8, 9, 16, 17, 18, 33, 1025])
+def test_evaluate_is_the_mean_over_any_length(model, length):
+    data = torch.randint(65, (length,), dtype=torch.int32)
+    with torch.no_grad():
+        losses = [F.cross_entropy(model(data[None, i:i + 8].long())[0], data[i + 1:i + 9].long(),
+                                  reduction="none") for i in range(0, length - 1, 8)
+                  if i + 9 <= length]
+        if tail := (length - 1) % 8:
+            losses.append(F.cross_entropy(model(data[None, -1 - tail:-1].long())[0],
+                                          data[-tail:].long(), reduction="none"))
+    expected = torch.cat(losses).mean().item()
+    assert gpt.evaluate(model, data, 8) == pytest.approx(expected, abs=1e-5)
 
 
 def test_minutes_end_with_the_clock(train):

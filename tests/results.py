@@ -1,0 +1,84 @@
+"""The tables of README.md, from the result files in outputs/.
+
+    python tests/results.py            # print them
+    python tests/results.py --write    # and put them into README.md, between their marks"""
+import json
+import math
+import sys
+
+import benchmark
+
+ROOT = benchmark.ROOT
+
+
+def models():
+    """Every model of results.json, worst first. Chapter 12 of the notebook shows the same lines."""
+    head = ["model", "chapter", "parameters", "steps", "characters read", "seconds",
+            "training loss", "validation loss", "perplexity", "reported"]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    rows = json.loads((ROOT / "outputs/results.json").read_text(encoding="utf-8"))["models"]
+    for row in sorted(rows, key=lambda row: -row["val_loss"]):
+        training = f"{row['train_loss']:.4f}" if "train_loss" in row else ""
+        cells = [row["name"], row["chapter"], f"{row['parameters']:,}", f"{row['steps']:,}",
+                 f"{row['tokens']:,}", f"{row['seconds']:.0f}", training, f"{row['val_loss']:.4f}",
+                 f"{math.exp(row['val_loss']):.3f}", row.get("reported", "")]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def headline():
+    """One paragraph on the first machine of benchmarks.json."""
+    file = (ROOT / "outputs/benchmarks.json").read_text(encoding="utf-8")
+    machine, entries = next(iter(json.loads(file).items()))
+
+    def median(name, figure):
+        return entries[name]["figures"][figure]["median"]
+
+    targets = [name for name in entries if name.startswith("target")]
+    seconds, name = min((median(name, "s to target"), name) for name in targets
+                        if median(name, "s to target"))
+    how = entries[name]["conditions"]
+    mine, peer = ("train nanogpt: gpt.py, batch 16, dropout 0.0",
+                  "train nanogpt: nanoGPT, batch 16, dropout 0.2")
+    faster = median(mine, "tokens/s") / max(median(peer + also, "tokens/s")
+                                            for also in ("", ", compiled"))
+    mine, peer = (f"generate nanogpt: {engine}, batch 1, dropout 0.0"
+                  for engine in ("gpt.py, cached", "nanoGPT"))
+    writes = median(mine, "tokens/s past") / median(peer, "tokens/s past")
+    return (
+        f"On {machine}: `python gpt.py train --minutes {how['minutes']}` reaches nanoGPT's best\n"
+        f"validation loss, {how['loss']}, in {seconds:.0f} seconds of wall time, compiling and\n"
+        f"evaluating included (median of {len(how['seeds'])} seeds). At nanoGPT's shape, in one\n"
+        f"run, `gpt.py` trains {faster:.1f} times as fast as nanoGPT and writes {writes:.0f}\n"
+        "times as fast past the window. How all of this was measured stands under *Speed*.")
+
+
+def benchmarks():
+    """The tables of benchmarks.json."""
+    file = (ROOT / "outputs/benchmarks.json").read_text(encoding="utf-8")
+    return benchmark.tables(json.loads(file)).strip()
+
+
+TABLES = {"headline": headline, "results": models, "benchmarks": benchmarks}
+
+
+def filled(readme):
+    """README's text with its tables made anew."""
+    for name, table in TABLES.items():
+        begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+        before, _, rest = readme.partition(begin)
+        _, marked, after = rest.partition(end)
+        assert marked, f"README.md has no place for {name}"
+        readme = f"{before}{begin}\n{table()}\n\n{end}{after}"
+    return readme
+
+
+def main():
+    if sys.argv[1:] == ["--write"]:
+        path = ROOT / "README.md"
+        path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8", newline="\n")
+    print(*(table() for table in TABLES.values()), sep="\n\n")
+
+
+if __name__ == "__main__":
+    main()

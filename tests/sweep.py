@@ -1,0 +1,51 @@
+"""A sweep of size against data: the notebook's final model in four sizes, each for two budgets of
+characters, one seed. Ten minutes on two cores; the rows go to outputs/sweep.csv.
+
+    python tests/sweep.py"""
+import csv
+import io
+import json
+import os
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import papermill
+
+from benchmark import ROOT, gpt
+
+SIZES = [dict(n_embd=channels, n_head=2) for channels in (16, 32, 64, 128)]
+BUDGETS = [dict(max_iters=100), dict(max_iters=400)]  # of 16 x 128 characters each
+SHARED = dict(n_layer=4, block_size=128, batch_size=16, dropout=0.0, seed=1, device="cpu")
+
+
+def run(parameters):
+    """One run of the notebook, in fast mode but for its final model; a row of sweep.csv."""
+    with tempfile.TemporaryDirectory() as folder:
+        out_dir = Path(folder, "run")
+        papermill.execute_notebook(ROOT / "gpt_from_scratch.ipynb", Path(folder, "out.ipynb"),
+                                   parameters=SHARED | parameters | dict(out_dir=str(out_dir)),
+                                   cwd=ROOT, progress_bar=False)
+        found = json.loads((out_dir / "final/run.json").read_text(encoding="utf-8"))
+    row = SHARED | parameters | {
+        "parameters": found["parameters"], "tokens": found["metrics"][-1]["tokens"],
+        "precision": found["precision"], "val_loss": round(found["val_loss"], 5),
+        "train_loss": round(found["metrics"][-1]["train_loss"], 5)}
+    print(row, flush=True)
+    return row
+
+
+def main():
+    os.environ |= {"GPT_FAST": "1", "OMP_NUM_THREADS": "1"}  # a core for each run
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        rows = list(pool.map(run, [size | budget for size in reversed(SIZES)
+                                   for budget in reversed(BUDGETS)]))
+    file = io.StringIO()
+    table = csv.DictWriter(file, rows[0], lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    gpt.write(ROOT / "outputs/sweep.csv", file.getvalue().encode())
+
+
+if __name__ == "__main__":
+    main()

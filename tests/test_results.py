@@ -1,0 +1,65 @@
+"""The result files hold what the notebook and README say, and both show the same numbers."""
+import csv
+import json
+import math
+
+import pytest
+
+import results
+
+OUTPUTS = results.ROOT / "outputs"
+
+
+def read(name):
+    """A result file: the rows of a CSV file, or what a JSON file holds."""
+    text = (OUTPUTS / name).read_text(encoding="utf-8")
+    return json.loads(text) if name.endswith("json") else list(csv.DictReader(text.splitlines()))
+
+
+def test_readme_shows_the_tables_of_the_result_files():
+    readme = (results.ROOT / "README.md").read_text(encoding="utf-8")
+    assert results.filled(readme) == readme
+
+
+def test_a_changed_number_in_readme_is_seen():
+    readme = (results.ROOT / "README.md").read_text(encoding="utf-8")
+    row = results.models().splitlines()[-1]
+    digit = next(c for c in reversed(row) if c.isdigit())
+    wrong = row[::-1].replace(digit, str(9 - int(digit)), 1)[::-1]
+    changed = readme.replace(row, wrong)
+    assert changed != readme and results.filled(changed) == readme
+
+
+def test_notebook_shows_the_same_table():
+    notebook = json.loads((results.ROOT / "gpt_from_scratch.ipynb").read_text(encoding="utf-8"))
+    shown = ["".join(output["data"].get("text/markdown", [])) for cell in notebook["cells"]
+             for output in cell.get("outputs", []) if "data" in output]
+    assert results.models() in shown
+
+
+def test_ladder_has_its_rungs_and_equal_compute():
+    rows = [row for row in read("ladder.csv") if row["budget"] == "tokens"]
+    rungs = {row["rung"] for row in rows if not row["rung"].startswith("\u2212")}
+    assert len(rungs) >= 10 and len({row["tokens"] for row in rows}) == 1
+    for rung in rungs:
+        assert len({row["seed"] for row in rows if row["rung"] == rung}) >= 3
+
+
+def test_sweep_has_its_sizes_and_budgets():
+    rows = read("sweep.csv")
+    assert len({row["parameters"] for row in rows}) >= 4
+    assert len({row["tokens"] for row in rows}) >= 2
+    assert len({(row["parameters"], row["tokens"]) for row in rows}) == len(rows) >= 8
+
+
+def test_the_five_seeds_were_trained():
+    entries, models = read("seeds.json"), read("results.json")["models"]
+    assert {entry["name"].split(",")[0] for entry in entries} == {
+        "raw", "mini-GPT T4", "lecture GPT", "progression", "tiny GPT"}
+    for entry in entries:
+        steps = [step for step, _, _ in entry["curve"]]
+        assert steps == sorted(steps) and steps[-1] == entry["steps_run"] <= entry["steps"]
+        assert all(0 < loss < math.log(65) for point in entry["curve"] for loss in point[1:])
+        name = f"five seeds: {entry['name'].split(',')[0]}"
+        row = next(row for row in models if row["name"] == name)
+        assert row["val_loss"] == pytest.approx(entry["curve"][-1][2], abs=1e-4)
