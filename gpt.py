@@ -45,11 +45,11 @@ class Config:
     max_iters: int = option(2000, "optimizer steps")
     minutes: float = option(0.0, "wall time to train for, instead of max_iters; 0: off")
     learning_rate: float = option(0.02, "peak rate of Muon, for the matrices of the layers")
-    adamw_learning_rate: float = option(0.004, "peak rate of AdamW, for embedding and head")
-    decay_fraction: float = option(0.8, "last part of training, in which the rates fall to 0")
-    short_fraction: float = option(0.8, "first part of training, on more and shorter windows")
-    weight_decay: float = option(0.2, "decoupled decay of the matrices")
-    dropout: float = option(0.1, "share of the numbers dropped from each branch")
+    adamw_learning_rate: float = option(0.003, "peak rate of AdamW, for embedding and head")
+    decay_fraction: float = option(0.6, "last part of training, in which the rates fall to 0")
+    short_fraction: float = option(0.0, "first part of training, on more and shorter windows")
+    weight_decay: float = option(0.4, "decoupled decay of the matrices")
+    dropout: float = option(0.1, "share of the channels dropped from each branch")
     eval_interval: int = option(0, "steps between evaluations; 0: what reads the text twice")
     seed: int = option(1, "seed of weights, batches and dropout")
 
@@ -64,8 +64,14 @@ class Config:
         check(self.dropout < 1 and self.short_fraction <= 1 and 0 < self.decay_fraction <= 1,
               "dropout must be below 1, short_fraction and decay_fraction (above 0) at most 1")
 
-PRESETS = {"cpu": dict(n_head=2, n_embd=128, batch_size=8, adamw_learning_rate=0.005,
-                       dropout=0.0)}  # where they differ from the defaults
+PRESETS = {  # where they differ from the defaults
+    "cpu": dict(n_head=2, n_embd=128, batch_size=8, adamw_learning_rate=0.005, decay_fraction=0.8,
+                short_fraction=0.8, weight_decay=0.2, dropout=0.0),
+    "cpu, 7 minutes or more": dict(n_head=3, n_embd=192, batch_size=16, dropout=0.05)}
+
+def preset(device, minutes=0.0):
+    """The preset for a device ("cpu", "cuda", "mps") and a time budget."""
+    return PRESETS.get(device + ", 7 minutes or more" * (minutes >= 7), {})
 OUT_DIR = "outputs/runs/shakespeare"
 
 # ---- data ----------------------------------------------------------------------------------------
@@ -190,9 +196,9 @@ class GPT(nn.Module):
             kv[..., S - T:S, :] = torch.stack((k, v))
             k, v = kv[..., :S, :]  # (B, H, S, D)
         y = attention(q, k, v, mask).transpose(1, 2).reshape(B, T, -1)  # (B, T, C)
-        x = x + F.dropout(F.linear(y, out), p)
+        x = x + F.dropout1d(F.linear(y, out).mT, p).mT  # one mask for all positions
         y = F.relu(F.linear(norm(x), up)).square()  # (B, T, 4C), ReLU^2 (So et al., 2021)
-        return x + F.dropout(F.linear(y, down), p)
+        return x + F.dropout1d(F.linear(y, down).mT, p).mT
 
     def forward(self, idx, cache=None):
         """Logits for ids that go on from what `cache`, if there is one, has read."""
@@ -463,8 +469,8 @@ def main(argv=None):
     caught = []
     parser.add_argument("command", choices=["train", "generate", "evaluate"])
     for name, (commands, default, meaning) in FLAGS.items():
-        preset = PRESETS["cpu"].get(name, default)
-        shown = repr(default) if preset == default else f"{default!r}, on a CPU {preset!r}"
+        others = [f"; {where}: {p[name]!r}" for where, p in PRESETS.items() if name in p]
+        shown = repr(default) + "".join(others)
         kind = {"type": type(default), "choices": CHOICES.get(name)}
         parser.add_argument(f"--{name}", default=argparse.SUPPRESS,
                             help=f"{meaning} (for {commands}; default: {shown})",
@@ -481,7 +487,7 @@ def main(argv=None):
             for number in (signal.SIGINT, signal.SIGTERM):  # finish the step, save, and stop
                 signal.signal(number, lambda number, frame: caught.append(number) if not caught
                               else signal.default_int_handler(number, frame))  # the second time
-            base = PRESETS.get(device.type, {})
+            base = preset(device.type, given.get("minutes", 0.0))
             if args.resume:
                 _, _, saved = load(Path(args.out_dir, "last.pt"), "cpu")
                 base, args.data = saved["config"], args.data or saved["data"]

@@ -4,13 +4,14 @@
     python tests/benchmark.py --peer ../nanoGPT    # beside the model.py of a nanoGPT checkout
     python tests/benchmark.py --only train start   # what has one of these words in its name
     python tests/benchmark.py --only target        # seconds until a validation loss is reached
+    python tests/benchmark.py --only texts         # and against the classic GPT on another text
     python tests/benchmark.py --table              # show again what the result file holds
 
 Each repetition is a process of its own, so that none finds another's memory or threads, and the
 measurements take turns (A B A B), so that noise hits them alike. The result file keeps all values
 beside their conditions; a run replaces only what it measures."""
-import argparse, hashlib, importlib, json, os, platform, re, resource
-import statistics, subprocess, sys, tempfile, time
+import argparse, hashlib, importlib, json, math, os, platform, re, resource
+import statistics, subprocess, sys, sysconfig, tempfile, time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 import torch
@@ -204,13 +205,13 @@ def start(config, device, dtype):
                 "s import gpt and load": seconds_of(run, [load], device)}, {}
 
 
-def target(config, device, dtype, loss, minutes):
-    """Wall seconds of `python gpt.py train` with its preset, and until it reports `loss` or less
-    over the whole validation split; the seed is that of the repeat."""
+def trained(config, device, minutes, data=""):
+    """`python gpt.py train` with its preset: its run.json, its wall seconds, and the wall seconds
+    at which it reported each step."""
     begin, log, told = time.perf_counter(), [], {}
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "gpt.py", "train", "--device", device.type, "--out_dir", folder,
-                   "--minutes", str(minutes), "--seed", str(config.seed)]
+                   "--minutes", str(minutes), "--seed", str(config.seed), "--data", str(data)]
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
             for line in process.stderr:
                 log.append(line)
@@ -218,22 +219,63 @@ def target(config, device, dtype, loss, minutes):
                     told[int(line[5:line.index(":")])] = time.perf_counter() - begin
         if process.returncode:
             sys.exit("".join(log))
-        wall, run = time.perf_counter() - begin, json.loads(Path(folder, "run.json").read_text())
+        wall = time.perf_counter() - begin
+        return json.loads(Path(folder, "run.json").read_text()), wall, told
+
+
+def target(config, device, dtype, loss, minutes):
+    """Wall seconds of a training, and until it reports `loss` or less over the whole validation
+    split; the seed is that of the repeat."""
+    run, wall, told = trained(config, device, minutes)
     reached = [told[row["step"]] for row in run["metrics"] if row["val_loss"] <= loss]
     return {"s to target": reached[0] if reached else None, "s in all": wall, "steps": run["step"],
             "last val loss": run["val_loss"], "best val loss": run["best_val_loss"]}, {
             key: run[key] for key in ("parameters", "precision", "compiled", "data")}
 
 
+def texts(config, device, dtype, engine, text, minutes):
+    """Validation loss of the preset, or of the classic GPT at its shape, after equal wall time. The
+    classic has the rates of nanoGPT's training: 1e-3 after 100 steps, then by a cosine to 1e-4."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = gpt.find_text()
+        if text == "Python":  # as many characters of the standard library's source
+            sources = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+            lines = "".join(s for s in (f.read_text("utf-8") for f in sources) if s.isascii())
+            path = Path(folder, "python.txt")
+            path.write_text(lines[:1_115_394], encoding="utf-8", newline="\n")
+        found = {"sha256 of the text": hashlib.sha256(path.read_bytes()).hexdigest()[:8]}
+        if engine == "gpt.py":
+            run, _, _ = trained(config, device, minutes, path)
+            return {"steps": run["step"], "last val loss": run["val_loss"]}, found | {
+                key: run[key] for key in ("parameters", "precision", "compiled")}
+        begin, done, steps = clock(device), 0.0, 0
+        tokenizer, data, val_data = gpt.load_text(path)
+    B, T, data = config.batch_size, config.block_size, data.to(device)
+    model = classic_gpt(replace(config, vocab_size=len(tokenizer.chars))).to(device)
+    optimizer = torch.optim.AdamW(model.parameters())
+    while done < 1:
+        rate = min(1, (steps + 1) / 100) * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
+        optimizer.param_groups[0]["lr"] = 1e-3 * rate
+        x, y = gpt.get_batch(data, B, T, hash((config.seed, steps)) % 2**32)
+        F.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()
+        optimizer.step()
+        model.zero_grad()
+        steps, done = steps + 1, (clock(device) - begin) / 60 / minutes
+    loss = gpt.evaluate(model.eval(), val_data.to(device), T)
+    return {"steps": steps, "last val loss": loss}, found | {
+        "parameters": sum(p.numel() for p in model.parameters()), "precision": "float32",
+        "compiled": False}
+
+
 # ---- taking turns, and showing what was found ----------------------------------------------------
-KINDS = {f.__name__: f for f in (machine, train, generate, start, target)}
+KINDS = {f.__name__: f for f in (machine, train, generate, start, target, texts)}
 WORDS = {"n_layer": "layers", "n_head": "heads", "n_embd": "channels", "block_size": "context",
          "batch_size": "batch", "dropout": "dropout"}
 
 
 def plan(args, device):
     """{name: (kind, config, options)} of the measurements asked for."""
-    preset, timed = gpt.PRESETS.get(device.type, {}), {"seconds": args.seconds}
+    preset, timed = gpt.preset(device.type), {"seconds": args.seconds}
     config = gpt.Config(**preset | SHAPES[args.shape])
     batch = 64 if device.type == "cuda" else config.batch_size
     rows = [("machine", "", batch, 0.0, {}), ("start", "", batch, 0.0, {})]
@@ -252,9 +294,15 @@ def plan(args, device):
             jobs[f"{kind} {args.shape}{label}"] = (
                 kind, replace(config, batch_size=size, dropout=dropout),
                 options | ({"engine": engine} if engine else {}))
-    if args.only:  # the target takes minutes a run, so it must be asked for; its shape: the preset
+    if args.only:  # these take minutes a run, so they must be asked for; their shape: the preset
+        budget = gpt.Config(**gpt.preset(device.type, args.minutes))
         jobs[f"target: {args.target} in {args.minutes:g} minutes"] = (
-            "target", gpt.Config(**preset), {"loss": args.target, "minutes": args.minutes})
+            "target", budget, {"loss": args.target, "minutes": args.minutes})
+        for text in ("tiny Shakespeare", "Python"):
+            for engine in ("gpt.py", "classic"):
+                jobs[f"texts: {engine} on {text} in {args.minutes:g} minutes"] = (
+                    "texts", budget,
+                    {"engine": engine, "text": text, "minutes": args.minutes})
     return {name: job for name, job in jobs.items() if any(w in name for w in args.only or [""])}
 
 
@@ -279,7 +327,8 @@ SHOWN = {"machine": [], "start": [],  # all their figures
                    "model GFLOP/s", "peak MiB"],
          "generate": ["engine", "batch", "tokens/s within", "tokens/s past",
                       "ms to first, prompt of 1"],
-         "target": ["minutes", "loss", "seeds", "s to target", "steps", "last val loss"]}
+         "target": ["minutes", "loss", "seeds", "s to target", "steps", "last val loss"],
+         "texts": ["text", "engine", "minutes", "seeds", "steps", "last val loss"]}
 
 
 def tables(document):

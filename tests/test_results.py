@@ -52,14 +52,15 @@ def test_sweep_has_its_sizes_and_budgets():
     assert len({(row["parameters"], row["tokens"]) for row in rows}) == len(rows) >= 8
 
 
-def test_the_five_seeds_were_trained():
-    entries, models = read("seeds.json"), read("results.json")["models"]
+def test_the_five_forerunners_were_trained():
+    entries, models = read("forerunners.json"), read("results.json")["models"]
     assert {entry["name"].split(",")[0] for entry in entries} == {
         "raw", "mini-GPT T4", "lecture GPT", "progression", "tiny GPT"}
     for entry in entries:
         steps = [step for step, _, _ in entry["curve"]]
         assert steps == sorted(steps) and steps[-1] == entry["steps_run"] <= entry["steps"]
         assert all(0 < loss < math.log(65) for point in entry["curve"] for loss in point[1:])
-        name = f"five seeds: {entry['name'].split(',')[0]}"
-        row = next(row for row in models if row["name"] == name)
+        name = f"forerunner: {entry['name'].split(',')[0]}"
+        row = next(row for row in models if row["name"].split(",")[0] == name)
+        assert (" of " in row["name"]) == (entry["steps_run"] < entry["steps"])  # says it is short
         assert row["val_loss"] == pytest.approx(entry["curve"][-1][2], abs=1e-4)
