@@ -10,8 +10,7 @@ gpt_from_scratch.ipynb explains every line and writes this file: make changes th
 # requires-python = ">=3.11"
 # dependencies = ["torch>=2.11,<2.14", "numpy"]
 # ///
-import argparse, array, copy, hashlib, http.client, json, math, os, signal, sys, time
-import urllib.request
+import argparse, array, copy, hashlib, json, math, os, signal, sys, time, urllib.request
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 import torch
@@ -29,40 +28,37 @@ def check(fits, advice):
 
 LOG = sys.stderr if os.environ.get("RANK", "0") == "0" else open(os.devnull, "w")
 
-def option(default, meaning):
-    return field(default=default, metadata={"meaning": meaning})
+def option(default, meaning, least=0, most=2**31 - 1):
+    return field(default=default, metadata={"meaning": meaning, "least": least, "most": most})
 
 @dataclass(frozen=True)
 class Config:
     """Shape of the model and plan of its training. UserError for values that can't work."""
-    n_layer: int = option(6, "layers")
-    n_head: int = option(6, "attention heads per layer")
-    n_embd: int = option(384, "channels, a multiple of 2 * n_head")
-    block_size: int = option(256, "context length in characters")
-    vocab_size: int = option(65, "distinct characters; the text decides")
-    batch_size: int = option(64, "sequences per step, over all processes")
-    gradient_accumulation_steps: int = option(1, "parts of a batch, one after the other")
-    max_iters: int = option(2000, "optimizer steps")
+    n_layer: int = option(6, "layers", 1)
+    n_head: int = option(6, "attention heads per layer", 1)
+    n_embd: int = option(384, "channels, a multiple of 2 * n_head", 1)
+    block_size: int = option(256, "context length in characters", 1)
+    vocab_size: int = option(65, "distinct characters; the text decides", 1)
+    batch_size: int = option(64, "sequences per step, over all processes", 1)
+    gradient_accumulation_steps: int = option(1, "parts of a batch, one after the other", 1)
+    max_iters: int = option(2000, "optimizer steps", 1)
     minutes: float = option(0.0, "wall time to train for, instead of max_iters; 0: off")
     learning_rate: float = option(0.02, "peak rate of Muon, for the matrices of the layers")
     adamw_learning_rate: float = option(0.003, "peak rate of AdamW, for embedding and head")
-    decay_fraction: float = option(0.6, "last part of training, in which the rates fall to 0")
-    short_fraction: float = option(0.0, "first part of training, on more and shorter windows")
+    decay_fraction: float = option(0.6, "last part, in which the rates fall to 0", 1e-9, 1)
+    short_fraction: float = option(0.0, "first part, on more and shorter windows", 0, 1)
     weight_decay: float = option(0.4, "decoupled decay of the matrices")
-    dropout: float = option(0.1, "share of the channels dropped from each branch")
+    dropout: float = option(0.1, "share of the channels dropped from each branch", 0, 0.99)
     eval_interval: int = option(0, "steps between evaluations; 0: what reads the text twice")
     seed: int = option(1, "seed of weights, batches and dropout")
 
     def __post_init__(self):
         for f in fields(self):
-            value = getattr(self, f.name)
-            least = int(f.type is int and f.name not in ("eval_interval", "seed"))
-            check(type(value) in (int, f.type) and least <= value < 2**31,
-                  f"{f.name} must be {f.type.__name__}, at least {least}, not {value!r}")
+            value, least, most = getattr(self, f.name), f.metadata["least"], f.metadata["most"]
+            check(type(value) in (int, f.type) and least <= value <= most,
+                  f"{f.name} must be {f.type.__name__}, {least} to {most}, not {value!r}")
         check(self.n_embd % (2 * self.n_head) == 0, f"n_embd ({self.n_embd}) must be a multiple of "
               f"2 * n_head ({2 * self.n_head}), so that every head has an even size")
-        check(self.dropout < 1 and self.short_fraction <= 1 and 0 < self.decay_fraction <= 1,
-              "dropout must be below 1, short_fraction and decay_fraction (above 0) at most 1")
 
 PRESETS = {  # where they differ from the defaults
     "cpu": dict(n_head=2, n_embd=128, batch_size=8, adamw_learning_rate=0.005, decay_fraction=0.8,
@@ -94,7 +90,7 @@ def find_text():
     source = TEXT.resolve().as_uri() if TEXT.exists() else URL
     try:
         content = urllib.request.urlopen(source, timeout=20).read()
-    except (OSError, ValueError, http.client.HTTPException) as error:
+    except Exception as error:  # no network, or an answer that makes no sense
         check(BUNDLED.exists(), f"no network: save {URL} as {TEXT}, or name a text with --data")
         print(f"no tiny Shakespeare ({error}): using {BUNDLED} instead", file=LOG)
         return BUNDLED
@@ -264,14 +260,13 @@ def evaluate(model, data, block_size):
 
 def pick_device(device="auto", dtype="auto"):
     """torch.device, and the number format of its matrix products: the fastest it has units for."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.mps.is_available(), "cpu": True}
-    device = next(name for name in there if there[name]) if device == "auto" else device
-    check(there.get(device), f"there is no {device} here: use --device auto or --device cpu")
-    best, chip = "float32", torch.cpu.get_capabilities() if device == "cpu" else {}
+    there = [name for name in ("cuda", "mps", "cpu") if getattr(torch, name).is_available()]
+    device = there[0] if device == "auto" else device
+    check(device in there, f"there is no {device} here: use --device auto or --device cpu")
+    chip = torch.cpu.get_capabilities()
+    best = "bfloat16" if chip.get("avx512_bf16") or chip.get("amx_bf16") else "float32"
     if device == "cuda":  # torch.cuda.is_bf16_supported() says yes on a T4, which only emulates it
         best = "bfloat16" if torch.cuda.get_device_capability() >= (8, 0) else "float16"
-    elif chip.get("avx512_bf16") or chip.get("amx_bf16"):
-        best = "bfloat16"
     return torch.device(device), getattr(torch, best if dtype == "auto" else dtype)
 
 def load(path, device):
@@ -299,7 +294,7 @@ def try_compile(model, x, autocast):
 def train(config, data="", out_dir=OUT_DIR, resume=False, device="auto", dtype="auto",
           compile="auto", caught=()):
     """Train a GPT on a text; write last.pt, best.pt, metrics.jsonl and run.json into out_dir and
-    return what run.json holds. Saves and stops once a signal number is in `caught`."""
+    return what run.json holds. Once a signal number is in `caught`, evaluates, saves and stops."""
     begin = time.perf_counter()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1 and not distributed.is_initialized():
@@ -319,95 +314,84 @@ def train(config, data="", out_dir=OUT_DIR, resume=False, device="auto", dtype="
           f"multiple of {world} processes x {parts} gradient_accumulation_steps")
     torch.manual_seed(config.seed)
     model = GPT(config).to(device)
-    progress = {"step": 0, "skipped_steps": 0, "seconds": 0.0, "loss_sum": 0.0,
-                "val_loss": math.inf, "best_val_loss": math.inf, "metrics": []}
     run = {"config": asdict(config), "chars": tokenizer.chars, "data": str(path),
            "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest(), "device": str(device),
            "precision": str(dtype)[6:], "processes": world, "torch": str(torch.__version__),
            "parameters": sum(p.numel() for p in model.parameters()),
-           "train_characters": len(train_data), "val_characters": len(val_data), **progress}
+           "train_characters": len(train_data), "val_characters": len(val_data), "metrics": []}
     if resume:
         model, _, saved = load(out_dir / "last.pt", device)
         changed = [key for key in run["config"] if saved["config"][key] != run["config"][key]]
         changed += ["text"] * (saved["sha256"] != run["sha256"])
         check(not changed, f"{out_dir} was started with another {', '.join(changed)}: go on as it "
               "was, or name another --out_dir")
-        run |= {key: saved[key] for key in progress}
+        run |= {key: saved[key] for key in ("metrics", "best_val_loss", *saved["metrics"][-1])}
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
     keepers = [scaler, *make_optimizers(model.train(), config)]
     for keeper, state in zip(keepers, saved["state"] if resume else ()):
-        if state:  # a scaler that was off has none
-            keeper.load_state_dict(state)
+        keeper.load_state_dict(state or keeper.state_dict())  # a scaler that was off has none
     train_data, val_data, forward = train_data.to(device), val_data.to(device), model
     autocast = torch.autocast(device.type, dtype, enabled=dtype is not torch.float32)
     if compile == "on" or compile == "auto" and (config.minutes or config.max_iters / 200) > 1:
         x, _ = get_batch(train_data, config.batch_size // world // parts, config.block_size, 0)
         forward = try_compile(model, x, autocast)
-        model.zero_grad()
     run["compiled"] = forward is not model
     print(f"{run['parameters']:,} parameters, {device}, {run['precision']}, "
           f"{len(train_data):,} characters of {path}{', compiled' * run['compiled']}", file=LOG)
     forward = autocast(nn.parallel.DistributedDataParallel(forward) if world > 1 else forward)
-    begin -= run["seconds"]
-    evaluated = run["metrics"][-1]["step"] if run["metrics"] else 0
-    first, resumed = run["step"], time.perf_counter()
+    last = run["metrics"][-1] if resume else {"step": 0, "seconds": 0.0}
+    begin -= last["seconds"]
+    step, loss_sum, since = last["step"], 0.0, time.perf_counter()
     while True:
-        step, run["seconds"] = run["step"], time.perf_counter() - begin
-        done = run["seconds"] / 60 / config.minutes if config.minutes else step / config.max_iters
+        seconds = time.perf_counter() - begin
+        done = seconds / 60 / config.minutes if config.minutes else step / config.max_iters
         shared = torch.tensor([done, len(caught)], device=device if world > 1 else None)
         if world > 1:  # clock and signals of the first process decide for all
             distributed.broadcast(shared, 0)
         done, stop = shared.tolist()
         factor = min(1.0, max(0.0, 1 - done) / config.decay_fraction)
-        due = step > evaluated and (done >= 1 or step % interval == 0)
-        if due and rank == 0:
-            train_loss = float(run["loss_sum"]) / (step - evaluated)  # waits for the device
-            speed = (step - first) * tokens / (time.perf_counter() - resumed)
-            check(math.isfinite(train_loss), f"the loss is {train_loss} by step {step}: go on from "
-                  "the last checkpoint with --resume, or start again with a lower learning_rate")
+        over = step > 0 and (done >= 1 or stop)
+        if rank == 0 and step > last["step"] and (over or step % interval == 0):
+            train_loss = float(loss_sum) / (step - last["step"])  # waits for the device
+            check(math.isfinite(train_loss), f"the loss is {train_loss} by step {step}: start "
+                  "again with a lower learning_rate")
+            check(scaler.get_scale() > 1e-3, "float16 overflows: --resume with --dtype float32")
+            speed = (step - last["step"]) * tokens / (time.perf_counter() - since)
             val_loss = evaluate(model.eval(), val_data, config.block_size)
             model.train()
-            better = val_loss < run["best_val_loss"]
-            run |= {"val_loss": val_loss, "best_val_loss": min(val_loss, run["best_val_loss"])}
-            run["metrics"].append({"step": step, "tokens": step * tokens, "seconds": run["seconds"],
-                                   "train_loss": train_loss, "val_loss": val_loss,
-                                   "learning_rate": config.learning_rate * factor,
-                                   "tokens_per_second": speed})
-            left = max(0.0, 1 / done - 1) * run["seconds"] / 60
-            skipped = f", {run['skipped_steps']} skipped" if run["skipped_steps"] else ""
+            last = {"step": step, "tokens": step * tokens, "seconds": seconds,
+                    "train_loss": train_loss, "val_loss": val_loss,
+                    "learning_rate": config.learning_rate * factor, "tokens_per_second": speed}
             print(f"step {step}: train {train_loss:.4f}, val {val_loss:.4f}, {speed:,.0f} "
-                  f"tokens/s, {left:.1f} minutes left{skipped}", file=LOG)
-            run["loss_sum"], evaluated, first, resumed = 0.0, step, step, time.perf_counter()
-        if (due or stop) and rank == 0:
+                  f"tokens/s, {done:.0%} done{', saved for --resume' * bool(stop)}", file=LOG)
+            run["metrics"].append(last)
+            best = min(row["val_loss"] for row in run["metrics"])
+            run |= last | {"best_val_loss": best}
             content = run | {"model": model.state_dict()}
-            if due and better:
+            if val_loss == best:
                 write(out_dir / "best.pt", content)
-            rows = "".join(json.dumps(row) + "\n" for row in run["metrics"])
-            write(out_dir / "metrics.jsonl", rows.encode())
-            write(out_dir / "run.json", json.dumps(run, indent=1, default=float).encode())
+            lines = [json.dumps(row) + "\n" for row in run["metrics"]]
+            write(out_dir / "metrics.jsonl", "".join(lines).encode())
+            write(out_dir / "run.json", json.dumps(run, indent=1).encode())
             write(out_dir / "last.pt", content | {"state": [k.state_dict() for k in keepers]})
-        if stop:
-            print(f"saved at step {step}: --resume goes on from there", file=LOG)
-        if done >= 1 and step or stop:
+            loss_sum, since = 0.0, time.perf_counter()
+        if over:
             return run
         seed = hash((config.seed, step)) % 2**32  # this, weights and optimizers make the step
         torch.manual_seed(seed + rank)
         cut = 1 if done >= config.short_fraction else 2 if done >= config.short_fraction / 2 else 4
         cut = math.gcd(cut, config.block_size)  # windows of a quarter, then half the block_size
         batch = get_batch(train_data, config.batch_size * cut, config.block_size // cut, seed)
+        model.zero_grad()
         for x, y in zip(*(side.chunk(world)[rank].chunk(parts) for side in batch)):
             loss = F.cross_entropy(forward(x).flatten(0, 1).float(), y.flatten()) / parts
             scaler.scale(loss).backward()
-            run["loss_sum"] += loss.detach()
+            loss_sum += loss.detach()
         for optimizer, peak in zip(keepers[1:], (config.learning_rate, config.adamw_learning_rate)):
             optimizer.param_groups[0]["lr"] = peak * factor
             autocast(scaler.step)(optimizer)
-        scale, _ = scaler.get_scale(), scaler.update()
-        model.zero_grad()
-        run["step"] += 1
-        run["skipped_steps"] += scaler.get_scale() < scale  # float16 overflowed
-        check(scaler.get_scale() > 1e-3, f"float16 overflows again and again, last in step {step}: "
-              "go on from the last checkpoint with --resume --dtype float32")
+        scaler.update()
+        step += 1
 
 # ---- sampling ------------------------------------------------------------------------------------
 def sample_next(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
@@ -502,13 +486,12 @@ def main(argv=None):
             print(f"{loss:.5f} nats and {loss / math.log(2):.5f} bits per character, "
                   f"perplexity {math.exp(min(loss, 700)):.4f}")
             return 0
-        prompt = args.prompt
         if args.prompt_file:
-            prompt = Path(args.prompt_file).read_text("utf-8-sig", "replace")
+            args.prompt = Path(args.prompt_file).read_text("utf-8-sig", "replace")
         sys.stdout.reconfigure(encoding="utf-8")
-        idx = tokenizer.encode(prompt).long()[None]
+        idx = tokenizer.encode(args.prompt).long()[None]
         for i in range(args.num_samples):
-            text = prompt if i == 0 else f"\n---\n{prompt}"
+            text = args.prompt if i == 0 else f"\n---\n{args.prompt}"
             for token in generate(model, idx, args.max_new_tokens, args.temperature, args.top_k,
                                   args.top_p, args.seed + i):
                 print(text + tokenizer.decode(token[0]), end="", flush=True)

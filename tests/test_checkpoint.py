@@ -49,8 +49,7 @@ def test_resumed_is_uninterrupted(train, monkeypatch, dtype, parts):
 def test_killed_run_resumes_to_the_same_weights(tmp_path, text_file, train):
     """kill -9 in the middle, then --resume: the weights of a run that was never killed."""
     shape = ["--n_layer", 2, "--n_head", 2, "--n_embd", 32, "--block_size", 16, "--batch_size", 4,
-             "--max_iters", 800, "--eval_interval", 20, "--weight_decay", 0.2,
-             "--adamw_learning_rate", 0.004]
+             "--max_iters", 800, "--eval_interval", 20]
     command = [sys.executable, ROOT / "gpt.py", "train", "--data", text_file, "--out_dir",
                tmp_path / "killed", "--dtype", "float32", "--device", "cpu", "--compile", "off"]
     start = list(map(str, command + shape))
@@ -62,7 +61,8 @@ def test_killed_run_resumes_to_the_same_weights(tmp_path, text_file, train):
     process.kill()
     assert process.wait() == -signal.SIGKILL
     subprocess.run(list(map(str, command)) + ["--resume"], check=True, capture_output=True)
-    _, whole = train("whole", max_iters=800, eval_interval=400)
+    preset = {name: value for name, value in gpt.preset("cpu").items() if f"--{name}" not in shape}
+    _, whole = train("whole", max_iters=800, eval_interval=400, **preset)
     assert same(weights(whole), weights(tmp_path / "killed"))
 
 

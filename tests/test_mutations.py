@@ -63,7 +63,8 @@ FAULTS = {
     "dropout goes on after an evaluation":
         ("            model.train()\n", "", TRACE),
     "parts of a batch not averaged": ("y.flatten()) / parts", "y.flatten())", PARTS),
-    "optimizers not resumed": ("keeper.load_state_dict(state)", "pass", RESUME),
+    "optimizers not resumed":
+        ("keeper.load_state_dict(state or keeper.state_dict())", "pass", RESUME),
     "saving straight into the file":
         ("temporary = f\"{path}.{os.getpid()}.tmp\"", "temporary = path", SAVED)}
 
