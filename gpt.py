@@ -48,7 +48,7 @@ class Config:
     decay_fraction: float = option(0.6, "last part, in which the rates fall to 0", 1e-9, 1)
     short_fraction: float = option(0.0, "first part, on more and shorter windows", 0, 1)
     weight_decay: float = option(0.4, "decoupled decay of the matrices")
-    dropout: float = option(0.1, "share of the channels dropped from each branch", 0, 0.99)
+    dropout: float = option(0.2, "share of the channels dropped from each branch", 0, 0.99)
     eval_interval: int = option(0, "steps between evaluations; 0: what reads the text twice")
     seed: int = option(1, "seed of weights, batches and dropout")
 
