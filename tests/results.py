@@ -52,14 +52,15 @@ def headline():
                for where, them in document.items() for name, e in them.items()
                if name.startswith("target")]
     loss, elsewhere, longest = min(targets, key=lambda found: found[0])
+    many = len(longest["seeds"])
+    many = f"mean of {many} seeds" if many > 1 else "one seed"
     return textwrap.fill(
         f"On {machine}: `gpt.py train --minutes {how['minutes']}` reaches nanoGPT's best "
         f"validation loss, {how['loss']}, in {seconds:.0f} seconds of wall time, compiling and "
         f"evaluating included (median of {len(how['seeds'])} seeds). At nanoGPT's shape, in one "
         f"run, `gpt.py` trains {faster:.1f} times as fast as nanoGPT and writes {writes:.0f} times "
         f"as fast past the window. On {elsewhere}: `gpt.py train --minutes "
-        f"{longest['minutes']:g}` ends at {loss:.4f} (mean of {len(longest['seeds'])} seeds, last "
-        "weights). How all of this was "
+        f"{longest['minutes']:g}` ends at {loss:.4f} ({many}, last weights). How all of this was "
         "measured stands under *Speed*.", 120, break_on_hyphens=False)
 
 
