@@ -384,7 +384,7 @@ def main():
         return 0
     jobs, values, failed = {} if args.table else plan(args, device), {}, 0
     shared = {"threads": torch.get_num_threads(), "torch": torch.__version__,
-              "date": time.strftime("%Y-%m-%d"), "seeds": args.seeds[:args.repeats]}
+              "date": time.strftime("%Y-%m-%d")}
     for turn in range(args.repeats):
         seed = args.seeds[turn % len(args.seeds)]
         for name, (kind, config, options) in jobs.items():
@@ -400,7 +400,8 @@ def main():
             for figure, value in figures.items():
                 values.setdefault(name, {}).setdefault(figure, []).append(value)
             source = Path(args.peer, "model.py") if "nanoGPT" in name else ROOT / "gpt.py"
-            code = {"code": hashlib.sha256(source.read_bytes()).hexdigest()[:8]}
+            code = {"code": hashlib.sha256(source.read_bytes()).hexdigest()[:8],
+                    "seeds": args.seeds[:turn + 1]}
             shape = {word: getattr(config, key) for key, word in WORDS.items()}
             document = json.loads(args.out.read_text()) if args.out.exists() else {}
             document.setdefault(device_name(device), {})[name] = {
