@@ -24,8 +24,8 @@ import gpt
 ROOT = Path(gpt.__file__).parent
 SHAPES = {"nanogpt": dict(n_layer=6, n_head=6, n_embd=384, block_size=256, batch_size=16),
           "cpu": gpt.PRESETS["cpu"],
-         "nanogpt on a cpu": dict(n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=12,
-                                  dropout=0.0),
+          "nanogpt on a cpu": dict(n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=12,
+                                   dropout=0.0),
           "gpt2": dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=2),
           "tiny": dict(n_layer=2, n_head=2, n_embd=32, block_size=32, batch_size=4)}  # for a try
 
