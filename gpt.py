@@ -48,6 +48,7 @@ class Config:
     decay_fraction: float = option(0.6, "last part, in which the rates fall to 0", 1e-9, 1)
     short_fraction: float = option(0.0, "first part, on more and shorter windows", 0, 1)
     weight_decay: float = option(0.4, "decoupled decay of the matrices")
+    adamw_weight_decay: float = option(1.0, "decoupled decay of embedding and head")
     dropout: float = option(0.2, "share of the channels dropped from each branch", 0, 0.99)
     eval_interval: int = option(0, "steps between evaluations; 0: what reads the text twice")
     seed: int = option(1, "seed of weights, batches and dropout")
@@ -62,12 +63,17 @@ class Config:
 
 PRESETS = {  # where they differ from the defaults
     "cpu": dict(n_head=2, n_embd=128, batch_size=8, adamw_learning_rate=0.005, decay_fraction=0.8,
-                short_fraction=0.8, weight_decay=0.2, dropout=0.0),
-    "cpu, 7 minutes or more": dict(n_head=3, n_embd=192, batch_size=16, dropout=0.05)}
+                short_fraction=0.8, weight_decay=0.2, adamw_weight_decay=0.0, dropout=0.0),
+    "cpu, 7 minutes or more": dict(n_head=3, n_embd=192, block_size=512, batch_size=8,
+                                   short_fraction=0.8, dropout=0.05),
+    "cpu, 30 minutes or more": dict(n_head=4, n_embd=256, block_size=512, batch_size=8,
+                                    short_fraction=0.8, dropout=0.1)}
 
 def preset(device, minutes=0.0):
     """The preset for a device ("cpu", "cuda", "mps") and a time budget."""
-    return PRESETS.get(device + ", 7 minutes or more" * (minutes >= 7), {})
+    least = 30 if minutes >= 30 else 7
+    return PRESETS.get(device + f", {least} minutes or more" * (minutes >= 7), {})
+
 OUT_DIR = "outputs/runs/shakespeare"
 
 # ---- data ----------------------------------------------------------------------------------------
@@ -242,7 +248,8 @@ def make_optimizers(model, config):
     """Muon for the stacks of matrices, AdamW for embedding and head."""
     stacks, tables = [model.qkv, model.out, model.up, model.down], [model.embedding, model.head]
     return [Muon(stacks, config.learning_rate, weight_decay=config.weight_decay),
-            torch.optim.AdamW(tables, config.adamw_learning_rate, (0.9, 0.95), weight_decay=0)]
+            torch.optim.AdamW(tables, config.adamw_learning_rate, (0.9, 0.95),
+                              weight_decay=config.adamw_weight_decay)]
 
 # ---- training ------------------------------------------------------------------------------------
 @torch.no_grad()
@@ -321,7 +328,7 @@ def train(config, data="", out_dir=OUT_DIR, resume=False, device="auto", dtype="
            "train_characters": len(train_data), "val_characters": len(val_data), "metrics": []}
     if resume:
         model, _, saved = load(out_dir / "last.pt", device)
-        changed = [key for key in run["config"] if saved["config"][key] != run["config"][key]]
+        changed = [key for key in run["config"] if saved["config"].get(key) != run["config"][key]]
         changed += ["text"] * (saved["sha256"] != run["sha256"])
         check(not changed, f"{out_dir} was started with another {', '.join(changed)}: go on as it "
               "was, or name another --out_dir")
