@@ -19,6 +19,7 @@ WINDOW = "test_generate.py::test_greedy_text_is_the_uncached_also_past_the_windo
 FILTERS = "test_generate.py::test_filters_exclude_what_they_should"
 WARMTH = "test_generate.py::test_temperature_shapes_the_distribution"
 MUON = "test_optimizer.py::test_muon_follows_torchs_muon"
+TABLES = "test_optimizer.py::test_embedding_and_head_decay_without_a_gradient"
 RATES = "test_train.py::test_rates_are_flat_then_fall_to_zero"
 DRAWS = "test_train.py::test_every_seed_and_step_draws_another_batch"
 WHOLE = "test_train.py::test_evaluate_covers_every_character_once"
@@ -53,6 +54,7 @@ FAULTS = {
     "the filling of the last window evaluated": ("value=-100", "value=0", WHOLE),
     "rate not decayed": ("= peak * factor", "= peak", RATES),
     "decay left out": ("p.mul_(1 - lr * group[\"weight_decay\"])", "p", MUON),
+    "tables not decayed": ("weight_decay=config.adamw_weight_decay", "weight_decay=0", TABLES),
     "decay coupled with the gradient":
         ("p.grad.lerp(average, momentum))", "p.grad.lerp(average, momentum) + p)", MUON),
     "no Nesterov": ("(p.grad.lerp(average, momentum))", "(average)", MUON),

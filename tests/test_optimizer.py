@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import torch
 
 import gpt
@@ -36,3 +38,24 @@ def test_every_parameter_has_one_optimizer(config):
     owned = [p for optimizer in gpt.make_optimizers(model, config)
              for group in optimizer.param_groups for p in group["params"]]
     assert sorted(map(id, owned)) == sorted(map(id, model.parameters()))
+
+
+def test_embedding_and_head_decay_without_a_gradient(config):
+    torch.manual_seed(0)
+    model = gpt.GPT(replace(config, adamw_weight_decay=2.0))
+    torch.nn.init.normal_(model.head)
+    tables = [model.embedding, model.head]
+    before = [p.detach().clone() for p in tables]
+    for p in tables:
+        p.grad = torch.zeros_like(p)
+    gpt.make_optimizers(model, model.config)[1].step()
+    for p, old in zip(tables, before):
+        torch.testing.assert_close(p, old * (1 - config.adamw_learning_rate * 2.0))
+
+
+def test_more_minutes_choose_larger_models():
+    shapes = [gpt.preset("cpu", minutes).get("n_embd") for minutes in (0, 6.9, 7, 29.9, 30)]
+    assert shapes == [128, 128, 192, 192, 256]
+    assert gpt.preset("cuda", 60) == gpt.preset("mps") == {}
+    for shape in gpt.PRESETS.values():
+        gpt.Config(**shape)
