@@ -383,6 +383,8 @@ def train(config, data="", out_dir=OUT_DIR, resume=False, device="auto", dtype="
             write(out_dir / "last.pt", content | {"state": [k.state_dict() for k in keepers]})
             loss_sum, since = 0.0, time.perf_counter()
         if over:
+            if world > 1:
+                distributed.destroy_process_group()  # else a process may abort on its way out
             return run
         seed = hash((config.seed, step)) % 2**32  # this, weights and optimizers make the step
         torch.manual_seed(seed + rank)
@@ -471,6 +473,7 @@ def main(argv=None):
         command = given.pop("command")
         for name in given:
             check(command in FLAGS[name][0], f"--{name} is for {FLAGS[name][0]}, not for {command}")
+            check(given[name] != [], f"--{name} needs a value")  # argparse takes --seed=-- for []
         check(not {"minutes", "max_iters"} <= set(given), "give --minutes or --max_iters, not both")
         args = argparse.Namespace(**{name: flag[1] for name, flag in FLAGS.items()} | given)
         device, _ = pick_device(args.device)

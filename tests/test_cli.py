@@ -93,6 +93,7 @@ MISTAKES = [  # words on the command line, what the line must name
     (("generate", "--checkpoint", "run/best.pt", "--prompt_file", "binary.bin"), "never seen"),
     (("generate", "--checkpoint", "run/best.pt", "--temperature", -1), "temperature"),
     (("generate", "--checkpoint", "run/best.pt", "--top_p", 0), "top_p"),
+    (("generate", "--checkpoint", "run/best.pt", "--seed=--"), "--seed"),
     (("evaluate", "--checkpoint", "run/best.pt", "--data", "other.txt"), "'ß'"),
     (("evaluate", "--checkpoint", "run/best.pt", "--data", "tiny.txt"), "shorter than 2"),
 ]
