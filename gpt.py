@@ -384,7 +384,8 @@ def train(config, data="", out_dir=OUT_DIR, resume=False, device="auto", dtype="
             loss_sum, since = 0.0, time.perf_counter()
         if over:
             if world > 1:
-                distributed.destroy_process_group()  # else a process may abort on its way out
+                distributed.barrier()  # who leaves while gloo still works may abort on the way
+                distributed.destroy_process_group()
             return run
         seed = hash((config.seed, step)) % 2**32  # this, weights and optimizers make the step
         torch.manual_seed(seed + rank)
