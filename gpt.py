@@ -67,7 +67,7 @@ PRESETS = {  # where they differ from the defaults
     "cpu, 7 minutes or more": dict(n_head=3, n_embd=192, block_size=512, batch_size=8,
                                    short_fraction=0.8, dropout=0.05),
     "cpu, 30 minutes or more": dict(n_head=4, n_embd=256, block_size=512, batch_size=8,
-                                    short_fraction=0.8, dropout=0.1)}
+                                    short_fraction=0.8, adamw_weight_decay=2.0, dropout=0.1)}
 
 def preset(device, minutes=0.0):
     """The preset for a device ("cpu", "cuda", "mps") and a time budget."""
@@ -299,9 +299,11 @@ def try_compile(model, x, autocast):
         return model
 
 def train(config, data="", out_dir=OUT_DIR, resume=False, device="auto", dtype="auto",
-          compile="auto", caught=()):
+          compile="auto", teachers="", caught=()):
     """Train a GPT on a text; write last.pt, best.pt, metrics.jsonl and run.json into out_dir and
-    return what run.json holds. Once a signal number is in `caught`, evaluates, saves and stops."""
+    return what run.json holds. With teachers, paths of checkpoints with commas between, it learns
+    their mean prediction, too (born-again networks: Furlanello et al., 2018). Once a signal number
+    is in `caught`, evaluates, saves and stops."""
     begin = time.perf_counter()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1 and not distributed.is_initialized():
@@ -319,17 +321,22 @@ def train(config, data="", out_dir=OUT_DIR, resume=False, device="auto", dtype="
           f"{path} is too short for a block_size of {config.block_size}: lower it or use more text")
     check(config.batch_size % (world * parts) == 0, f"batch_size ({config.batch_size}) must be a "
           f"multiple of {world} processes x {parts} gradient_accumulation_steps")
+    loaded = [load(path, device) for path in teachers.split(",") if path]
+    check(all(teacher[1].chars == tokenizer.chars for teacher in loaded),
+          "the teachers know other characters than this text: train them on it")
     torch.manual_seed(config.seed)
     model = GPT(config).to(device)
     run = {"config": asdict(config), "chars": tokenizer.chars, "data": str(path),
            "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest(), "device": str(device),
            "precision": str(dtype)[6:], "processes": world, "torch": str(torch.__version__),
            "parameters": sum(p.numel() for p in model.parameters()),
-           "train_characters": len(train_data), "val_characters": len(val_data), "metrics": []}
+           "train_characters": len(train_data), "val_characters": len(val_data),
+           "teachers": teachers, "metrics": []}
     if resume:
         model, _, saved = load(out_dir / "last.pt", device)
         changed = [key for key in run["config"] if saved["config"].get(key) != run["config"][key]]
         changed += ["text"] * (saved["sha256"] != run["sha256"])
+        changed += ["teachers"] * (saved.get("teachers", "") != teachers)
         check(not changed, f"{out_dir} was started with another {', '.join(changed)}: go on as it "
               "was, or name another --out_dir")
         run |= {key: saved[key] for key in ("metrics", "best_val_loss", *saved["metrics"][-1])}
@@ -346,6 +353,7 @@ def train(config, data="", out_dir=OUT_DIR, resume=False, device="auto", dtype="
     print(f"{run['parameters']:,} parameters, {device}, {run['precision']}, "
           f"{len(train_data):,} characters of {path}{', compiled' * run['compiled']}", file=LOG)
     forward = autocast(nn.parallel.DistributedDataParallel(forward) if world > 1 else forward)
+    teach = [autocast(teacher[0]) for teacher in loaded]
     last = run["metrics"][-1] if resume else {"step": 0, "seconds": 0.0}
     begin -= last["seconds"]
     step, loss_sum, since = last["step"], 0.0, time.perf_counter()
@@ -394,9 +402,14 @@ def train(config, data="", out_dir=OUT_DIR, resume=False, device="auto", dtype="
         batch = get_batch(train_data, config.batch_size * cut, config.block_size // cut, seed)
         model.zero_grad()
         for x, y in zip(*(side.chunk(world)[rank].chunk(parts) for side in batch)):
-            loss = F.cross_entropy(forward(x).flatten(0, 1).float(), y.flatten()) / parts
-            scaler.scale(loss).backward()
+            logits = forward(x).flatten(0, 1).float()  # (B T, V)
+            loss = F.cross_entropy(logits, y.flatten()) / parts
             loss_sum += loss.detach()
+            if teach:
+                with torch.no_grad():
+                    soft = sum(t(x).flatten(0, 1).float().softmax(-1) for t in teach) / len(teach)
+                loss = (loss + F.cross_entropy(logits, soft) / parts) / 2
+            scaler.scale(loss).backward()
         for optimizer, peak in zip(keepers[1:], (config.learning_rate, config.adamw_learning_rate)):
             optimizer.param_groups[0]["lr"] = peak * factor
             autocast(scaler.step)(optimizer)
@@ -442,6 +455,7 @@ FLAGS = {f.name: ("train", f.default, f.metadata["meaning"]) for f in fields(Con
     "device": ("train generate evaluate", "auto", "where to compute"),
     "dtype": ("train", "auto", "number format of matrix products"),
     "compile": ("train", "auto", "use torch.compile; auto does so where it pays"),
+    "teachers": ("train", "", "checkpoints to learn from too, with commas between"),
     "checkpoint": ("generate evaluate", f"{OUT_DIR}/best.pt", "model to load"),
     "prompt": ("generate", "\n", "text to go on from"),
     "prompt_file": ("generate", "", "UTF-8 file that holds the prompt"),
@@ -486,9 +500,10 @@ def main(argv=None):
             if args.resume:
                 _, _, saved = load(Path(args.out_dir, "last.pt"), "cpu")
                 base, args.data = saved["config"], args.data or saved["data"]
+                args.teachers = args.teachers or saved.get("teachers", "")
             chosen = {f.name: given[f.name] for f in fields(Config) if f.name in given}
             train(Config(**base | chosen), args.data, args.out_dir, args.resume, args.device,
-                  args.dtype, args.compile, caught)
+                  args.dtype, args.compile, args.teachers, caught)
             return 128 + caught[0] if caught else 0
         model, tokenizer, saved = load(args.checkpoint, device)
         if command == "evaluate":

@@ -46,10 +46,10 @@ def text_file(tmp_path):
 @pytest.fixture
 def train(config, text_file, tmp_path):
     """Train in a folder under tmp_path: train(name, **changes of the config) -> (run, folder)."""
-    def run(name, resume=False, dtype="float32", **changes):
+    def run(name, resume=False, dtype="float32", teachers="", **changes):
         out_dir = tmp_path / name
         return gpt.train(replace(config, **changes), text_file, out_dir, resume, "cpu", dtype,
-                         "off"), out_dir
+                         "off", teachers), out_dir
     return run
 
 

@@ -46,6 +46,20 @@ def test_resumed_is_uninterrupted(train, monkeypatch, dtype, parts):
     assert rows(whole) == rows(cut)
 
 
+def test_a_resumed_run_keeps_its_teachers(train, monkeypatch, capsys):
+    teacher = str(train("teacher")[1] / "last.pt")
+    _, whole = train("whole", teachers=teacher)
+    _, alone = train("alone")
+    repair = cut_at(monkeypatch, 6)
+    with pytest.raises(RuntimeError, match="cut"):
+        train("cut", teachers=teacher)
+    repair()
+    command = ["train", "--resume", "--out_dir", whole.parent / "cut", "--dtype", "float32"]
+    assert gpt.main([*map(str, command), "--device", "cpu"]) == 0, capsys.readouterr().err
+    assert same(weights(whole), weights(whole.parent / "cut"))
+    assert not same(weights(whole), weights(alone))
+
+
 def test_killed_run_resumes_to_the_same_weights(tmp_path, text_file, train):
     """kill -9 in the middle, then --resume: the weights of a run that was never killed."""
     shape = ["--n_layer", 2, "--n_head", 2, "--n_embd", 32, "--block_size", 16, "--batch_size", 4,

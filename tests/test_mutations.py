@@ -20,6 +20,7 @@ FILTERS = "test_generate.py::test_filters_exclude_what_they_should"
 WARMTH = "test_generate.py::test_temperature_shapes_the_distribution"
 MUON = "test_optimizer.py::test_muon_follows_torchs_muon"
 TABLES = "test_optimizer.py::test_embedding_and_head_decay_without_a_gradient"
+TAUGHT = "test_train.py::test_teachers_are_learned_beside_the_text"
 RATES = "test_train.py::test_rates_are_flat_then_fall_to_zero"
 DRAWS = "test_train.py::test_every_seed_and_step_draws_another_batch"
 WHOLE = "test_train.py::test_evaluate_covers_every_character_once"
@@ -65,6 +66,7 @@ FAULTS = {
     "dropout goes on after an evaluation":
         ("            model.train()\n", "", TRACE),
     "parts of a batch not averaged": ("y.flatten()) / parts", "y.flatten())", PARTS),
+    "teachers added, not averaged": (" / len(teach)", "", TAUGHT),
     "optimizers not resumed":
         ("keeper.load_state_dict(state or keeper.state_dict())", "pass", RESUME),
     "saving straight into the file":

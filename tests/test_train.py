@@ -62,6 +62,26 @@ def test_windows_grow_and_the_batch_keeps_its_characters(train, monkeypatch):
     assert shapes == [(16, 4)] * 4 + [(8, 8)] * 4 + [(4, 16)] * 4
 
 
+def test_teachers_are_learned_beside_the_text(train, text_file, monkeypatch):
+    """One plain step from zero weights of the head, against the gradient of the formula."""
+    taught = [train(f"teacher-{seed}", max_iters=20, seed=seed)[1] / "last.pt" for seed in (5, 6)]
+    monkeypatch.setattr(gpt, "make_optimizers", lambda model, config: [
+        torch.optim.SGD(model.parameters())])
+    run, out_dir = train("run", max_iters=1, gradient_accumulation_steps=2, learning_rate=1.0,
+                         teachers=",".join(map(str, taught)))
+    _, data, _ = gpt.load_text(text_file)
+    x, y = gpt.get_batch(data, 4, 16, hash((1, 0)) % 2**32)
+    torch.manual_seed(1)
+    model = gpt.GPT(gpt.Config(**run["config"]))
+    a, b = (gpt.load(path, "cpu")[0](x).detach().softmax(-1) for path in taught)
+    logs = model(x).log_softmax(-1)  # (B, T, V)
+    text, teachers = -logs.gather(-1, y[..., None]).mean(), -(logs * (a + b) / 2).sum(-1).mean()
+    ((text + teachers) / 2).backward()
+    assert (a - b).abs().max() > 0.01 and model.head.grad.abs().max() > 0.01
+    assert torch.allclose(weights(out_dir)["head"], -model.head.grad, atol=1e-6)
+    assert abs(run["train_loss"] - text) < 1e-6
+
+
 def test_float16_overflows_are_skipped(train, monkeypatch):
     scaler = torch.amp.GradScaler
     monkeypatch.setattr(torch.amp, "GradScaler", lambda *args, **options: scaler(
