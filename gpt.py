@@ -302,7 +302,7 @@ def train(config, data="", out_dir=OUT_DIR, resume=False, device="auto", dtype="
           compile="auto", teachers="", caught=()):
     """Train a GPT on a text; write last.pt, best.pt, metrics.jsonl and run.json into out_dir and
     return what run.json holds. With teachers, paths of checkpoints with commas between, it learns
-    their mean prediction, too (born-again networks: Furlanello et al., 2018). Once a signal number
+    their mean prediction, too (Hinton et al., 2015; Furlanello et al., 2018). Once a signal number
     is in `caught`, evaluates, saves and stops."""
     begin = time.perf_counter()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -311,7 +311,7 @@ def train(config, data="", out_dir=OUT_DIR, resume=False, device="auto", dtype="
     (device, dtype), path, out_dir = pick_device(device, dtype), data or find_text(), Path(out_dir)
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    check(resume or not Path(out_dir, "last.pt").exists(),
+    check(resume or not (out_dir / "last.pt").exists(),
           f"{out_dir} holds a run: --resume it, or name another --out_dir")
     tokenizer, train_data, val_data = load_text(path)
     config = replace(config, vocab_size=len(tokenizer.chars))
@@ -321,13 +321,16 @@ def train(config, data="", out_dir=OUT_DIR, resume=False, device="auto", dtype="
           f"{path} is too short for a block_size of {config.block_size}: lower it or use more text")
     check(config.batch_size % (world * parts) == 0, f"batch_size ({config.batch_size}) must be a "
           f"multiple of {world} processes x {parts} gradient_accumulation_steps")
-    loaded = [load(path, device) for path in teachers.split(",") if path]
-    check(all(teacher[1].chars == tokenizer.chars for teacher in loaded),
-          "the teachers know other characters than this text: train them on it")
+    sha256, teach = hashlib.sha256(Path(path).read_bytes()).hexdigest(), []
+    for name in filter(None, teachers.split(",")):
+        teacher, _, its = load(name, device)
+        check(its["sha256"] == sha256 and teacher.config.block_size >= config.block_size,
+              f"{name} can't teach this: it knows another text, or only shorter windows")
+        teach.append(teacher)
     torch.manual_seed(config.seed)
     model = GPT(config).to(device)
     run = {"config": asdict(config), "chars": tokenizer.chars, "data": str(path),
-           "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest(), "device": str(device),
+           "sha256": sha256, "device": str(device),
            "precision": str(dtype)[6:], "processes": world, "torch": str(torch.__version__),
            "parameters": sum(p.numel() for p in model.parameters()),
            "train_characters": len(train_data), "val_characters": len(val_data),
@@ -335,7 +338,7 @@ def train(config, data="", out_dir=OUT_DIR, resume=False, device="auto", dtype="
     if resume:
         model, _, saved = load(out_dir / "last.pt", device)
         changed = [key for key in run["config"] if saved["config"].get(key) != run["config"][key]]
-        changed += ["text"] * (saved["sha256"] != run["sha256"])
+        changed += ["text"] * (saved["sha256"] != sha256)
         changed += ["teachers"] * (saved.get("teachers", "") != teachers)
         check(not changed, f"{out_dir} was started with another {', '.join(changed)}: go on as it "
               "was, or name another --out_dir")
@@ -353,7 +356,6 @@ def train(config, data="", out_dir=OUT_DIR, resume=False, device="auto", dtype="
     print(f"{run['parameters']:,} parameters, {device}, {run['precision']}, "
           f"{len(train_data):,} characters of {path}{', compiled' * run['compiled']}", file=LOG)
     forward = autocast(nn.parallel.DistributedDataParallel(forward) if world > 1 else forward)
-    teach = [autocast(teacher[0]) for teacher in loaded]
     last = run["metrics"][-1] if resume else {"step": 0, "seconds": 0.0}
     begin -= last["seconds"]
     step, loss_sum, since = last["step"], 0.0, time.perf_counter()
@@ -369,8 +371,9 @@ def train(config, data="", out_dir=OUT_DIR, resume=False, device="auto", dtype="
         if rank == 0 and step > last["step"] and (over or step % interval == 0):
             train_loss = float(loss_sum) / (step - last["step"])  # waits for the device
             check(math.isfinite(train_loss), f"the loss is {train_loss} by step {step}: start "
-                  "again with a lower learning_rate")
-            check(scaler.get_scale() > 1e-3, "float16 overflows: --resume with --dtype float32")
+                  "again with a lower learning_rate in another --out_dir")
+            check(scaler.get_scale() > 1e-3, "float16 overflows: start again, or --resume what was "
+                  "saved, with --dtype float32")
             speed = (step - last["step"]) * tokens / (time.perf_counter() - since)
             val_loss = evaluate(model.eval(), val_data, config.block_size)
             model.train()
@@ -407,7 +410,8 @@ def train(config, data="", out_dir=OUT_DIR, resume=False, device="auto", dtype="
             loss_sum += loss.detach()
             if teach:
                 with torch.no_grad():
-                    soft = sum(t(x).flatten(0, 1).float().softmax(-1) for t in teach) / len(teach)
+                    soft = sum(autocast(teacher)(x).flatten(0, 1).float().softmax(-1)
+                               for teacher in teach) / len(teach)
                 loss = (loss + F.cross_entropy(logits, soft) / parts) / 2
             scaler.scale(loss).backward()
         for optimizer, peak in zip(keepers[1:], (config.learning_rate, config.adamw_learning_rate)):
@@ -510,7 +514,7 @@ def main(argv=None):
             _, _, val_data = load_text(args.data or saved["data"], tokenizer)
             loss = evaluate(model, val_data.to(device), model.config.block_size)
             print(f"{loss:.5f} nats and {loss / math.log(2):.5f} bits per character, "
-                  f"perplexity {math.exp(min(loss, 700)):.4f}")
+                  f"perplexity {math.exp(min(loss, 700)):.4f}", flush=True)
             return 0
         if args.prompt_file:
             args.prompt = Path(args.prompt_file).read_text("utf-8-sig", "replace")
@@ -522,7 +526,7 @@ def main(argv=None):
                                   args.top_p, args.seed + i):
                 print(text + tokenizer.decode(token[0]), end="", flush=True)
                 text = ""
-        print()
+        print(flush=True)
         return 0
     except KeyboardInterrupt:
         return 130
@@ -531,4 +535,5 @@ def main(argv=None):
         return 2
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave = os._exit if "RANK" in os.environ else sys.exit  # a late thread of gloo could abort
+    leave(main())

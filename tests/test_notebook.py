@@ -60,7 +60,7 @@ def folder(tmp_path):
 def run(*words, folder, **environment):
     offline = {"https_proxy": "http://127.0.0.1:9", "GPT_FAST": "1", "MPLBACKEND": "agg"}
     return subprocess.run([sys.executable, "-m", *map(str, words)], cwd=folder, text=True,
-                          capture_output=True, timeout=600, env=os.environ | offline | environment)
+                          capture_output=True, timeout=1800, env=os.environ | offline | environment)
 
 
 def test_nbval_fast_mode(folder):
