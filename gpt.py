@@ -50,6 +50,7 @@ class Config:
     weight_decay: float = option(0.4, "decoupled decay of the matrices")
     adamw_weight_decay: float = option(1.0, "decoupled decay of embedding and head")
     dropout: float = option(0.2, "share of the channels dropped from each branch", 0, 0.99)
+    train_temperature: float = option(0.92, "divides the logits in training only", 0.1)
     eval_interval: int = option(0, "steps between evaluations; 0: what reads the text twice")
     seed: int = option(1, "seed of weights, batches and dropout")
 
@@ -130,10 +131,12 @@ def load_text(path, tokenizer=None):
     ids, cut = tokenizer.encode(text), int(0.9 * len(text))
     return tokenizer, ids[:cut], ids[cut:]
 
-def get_batch(data, batch_size, block_size, seed):
-    """Random windows of `data` and the same one character later, (B, T) each, fixed by `seed`."""
-    generator = torch.Generator().manual_seed(seed)
-    start = torch.randint(len(data) - block_size, (batch_size, 1), generator=generator)
+def get_batch(data, batch_size, block_size, step, seed=0):
+    """Windows of `data` and the same one character later, (B, T) each: one from each of B equal
+    parts, at a place that golden-ratio steps spread evenly (a Kronecker sequence)."""
+    place = (step * (5**0.5 - 1) / 2 + seed * 2**0.5) % 1  # in each part, 0 to 1
+    part = torch.arange(batch_size, dtype=torch.double)[:, None]
+    start = ((part + place) / batch_size * (len(data) - block_size)).long()  # (B, 1)
     window = data[(start + torch.arange(block_size + 1)).to(data.device)].long()  # (B, T + 1)
     return window[:, :-1], window[:, 1:]
 
@@ -398,14 +401,14 @@ def train(config, data="", out_dir=OUT_DIR, resume=False, device="auto", dtype="
                 distributed.barrier()  # who leaves while gloo still works may abort on the way
                 distributed.destroy_process_group()
             return run
-        seed = hash((config.seed, step)) % 2**32  # this, weights and optimizers make the step
-        torch.manual_seed(seed + rank)
+        torch.manual_seed(hash((config.seed, step, rank)) % 2**32)  # for dropout
         cut = 1 if done >= config.short_fraction else 2 if done >= config.short_fraction / 2 else 4
         cut = math.gcd(cut, config.block_size)  # windows of a quarter, then half the block_size
-        batch = get_batch(train_data, config.batch_size * cut, config.block_size // cut, seed)
+        batch = get_batch(train_data, config.batch_size * cut, config.block_size // cut, step,
+                          config.seed)
         model.zero_grad()
         for x, y in zip(*(side.chunk(world)[rank].chunk(parts) for side in batch)):
-            logits = forward(x).flatten(0, 1).float()  # (B T, V)
+            logits = forward(x).flatten(0, 1).float() / config.train_temperature  # (B T, V)
             loss = F.cross_entropy(logits, y.flatten()) / parts
             loss_sum += loss.detach()
             if teach:

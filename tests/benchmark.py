@@ -129,7 +129,7 @@ def machine(config, device, dtype):
 
 
 def train(config, device, dtype, engine, seconds, compiled=False):
-    """Speed and peak memory of training steps on random batches, after three that don't count."""
+    """Speed and peak memory of training steps, after three that don't count."""
     tokenizer, data, _ = gpt.load_text(gpt.find_text())
     config, data = replace(config, vocab_size=len(tokenizer.chars)), data.to(device)
     B, T = config.batch_size, config.block_size
@@ -237,8 +237,8 @@ def target(config, device, dtype, loss, minutes):
 
 def texts(config, device, dtype, engine, text, minutes):
     """Validation loss of the preset, or of the classic GPT, after equal wall time. The classic is
-    trained as nanoGPT's README does on a CPU: its shape there, AdamW, 1e-3 after 100 steps, then by
-    a cosine to 1e-4."""
+    trained as nanoGPT's README does on a CPU: its shape there, random windows, AdamW, 1e-3 after
+    100 steps, then by a cosine to 1e-4."""
     with tempfile.TemporaryDirectory() as folder:
         path = gpt.find_text()
         if text == "Python":  # as many characters of the standard library's source
@@ -259,8 +259,9 @@ def texts(config, device, dtype, engine, text, minutes):
     while done < 1:
         rate = min(1, (steps + 1) / 100) * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
         optimizer.param_groups[0]["lr"] = 1e-3 * rate
-        x, y = gpt.get_batch(data, B, T, hash((config.seed, steps)) % 2**32)
-        F.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()
+        start = torch.randint(len(data) - T, (B, 1), device=device)
+        window = data[start + torch.arange(T + 1, device=device)].long()
+        F.cross_entropy(model(window[:, :-1]).flatten(0, 1), window[:, 1:].flatten()).backward()
         optimizer.step()
         model.zero_grad()
         steps, done = steps + 1, (clock(device) - begin) / 60 / minutes

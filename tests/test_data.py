@@ -43,19 +43,30 @@ def test_byte_order_mark_and_line_ends(tmp_path, raw):
     assert tokenizer.decode(torch.cat((train, val))) == "a\nb"
 
 
-def test_batch_is_fixed_by_seed_and_shifted_by_one():
+def test_batch_is_fixed_by_step_and_seed_and_shifted_by_one():
     data = torch.arange(100, dtype=torch.int32)
-    x, y = gpt.get_batch(data, 8, 16, seed=3)
+    x, y = gpt.get_batch(data, 8, 16, step=3, seed=1)
     assert x.shape == y.shape == (8, 16)
     assert torch.equal(y, x + 1)
-    assert torch.equal(x, gpt.get_batch(data, 8, 16, seed=3)[0])
-    assert not torch.equal(x, gpt.get_batch(data, 8, 16, seed=4)[0])
+    assert torch.equal(x, gpt.get_batch(data, 8, 16, step=3, seed=1)[0])
+    assert not torch.equal(x, gpt.get_batch(data, 8, 16, step=4, seed=1)[0])
+    assert not torch.equal(x, gpt.get_batch(data, 8, 16, step=3, seed=2)[0])
 
 
 def test_batch_reaches_both_ends():
     data = torch.arange(20)
-    starts = {int(gpt.get_batch(data, 1, 16, seed)[0][0, 0]) for seed in range(200)}
+    starts = {int(gpt.get_batch(data, 1, 16, step)[0][0, 0]) for step in range(200)}
     assert starts == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("seed, begin", [(0, 0), (7, 0), (2**31 - 1, 10**6)])
+@pytest.mark.parametrize("steps, B, T", [(200, 1, 64), (157, 4, 64), (40, 32, 16)])
+def test_batches_read_the_text_evenly(seed, begin, steps, B, T):
+    """However long: everywhere but at the ends within two of the mean number of times."""
+    data = torch.arange(4000)
+    windows = [gpt.get_batch(data, B, T, begin + i, seed)[0] for i in range(steps)]
+    times = torch.cat(windows).flatten().bincount(minlength=len(data))
+    assert (times[T:-T] - steps * B * T / len(data)).abs().max() < 2
 
 
 def serve(monkeypatch, content):

@@ -23,6 +23,7 @@ TABLES = "test_optimizer.py::test_embedding_and_head_decay_without_a_gradient"
 TAUGHT = "test_train.py::test_teachers_are_learned_beside_the_text"
 RATES = "test_train.py::test_rates_are_flat_then_fall_to_zero"
 DRAWS = "test_train.py::test_every_seed_and_step_draws_another_batch"
+EVEN = "test_data.py::test_batches_read_the_text_evenly"
 WHOLE = "test_train.py::test_evaluate_covers_every_character_once"
 TRACE = "test_train.py::test_evaluation_leaves_no_trace"
 PARTS = "test_train.py::test_accumulated_gradients_are_those_of_the_whole_batch"
@@ -62,7 +63,9 @@ FAULTS = {
     "top-p keeps one too few": (".cumsum(-1) - probs < top_p", ".cumsum(-1) < top_p", FILTERS),
     "top-k keeps one too many": ("top_k or len(probs[0])", "top_k + 1 or len(probs[0])", FILTERS),
     "temperature ignored": (") / temperature", ")", WARMTH),
-    "every step the same batch": ("hash((config.seed, step))", "hash((config.seed, 0))", DRAWS),
+    "every step the same batch": ("block_size // cut, step,", "block_size // cut, 0,", DRAWS),
+    "batches read unevenly": ("(5**0.5 - 1) / 2", "0.5", EVEN),
+    "train_temperature ignored": (" / config.train_temperature", "", TAUGHT),
     "dropout goes on after an evaluation":
         ("            model.train()\n", "", TRACE),
     "parts of a batch not averaged": ("y.flatten()) / parts", "y.flatten())", PARTS),
