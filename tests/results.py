@@ -29,18 +29,24 @@ def models():
 
 
 def headline():
-    """One paragraph on the first machine of benchmarks.json, and on the lowest loss of any."""
+    """One paragraph: the shortest time to nanoGPT's loss and the lowest loss of any machine in
+    benchmarks.json, the speeds of the first machine, and the models of best.json."""
     file = (ROOT / "outputs/benchmarks.json").read_text(encoding="utf-8")
     document = json.loads(file)
+    targets = [(machine, e["conditions"], e["figures"]) for machine, entries in document.items()
+               for name, e in entries.items() if name.startswith("target")]
+    reached = [found for found in targets if found[2]["s to target"]["median"]]
+    where, how, fast = min(reached, key=lambda found: found[2]["s to target"]["median"])
+    there, longest, low = min(targets, key=lambda found: statistics.mean(
+        found[2]["last val loss"]["values"]))
+    many = len(longest["seeds"])
+    many = f"mean of {many} seeds" if many > 1 else "one seed"
+    there = "there" if there == where else f"on {there}"
     machine, entries = next(iter(document.items()))
 
     def median(name, figure):
         return entries[name]["figures"][figure]["median"]
 
-    targets = [name for name in entries if name.startswith("target")]
-    seconds, name = min((median(name, "s to target"), name) for name in targets
-                        if median(name, "s to target"))
-    how = entries[name]["conditions"]
     mine, peer = ("train nanogpt: gpt.py, batch 16, dropout 0.0",
                   "train nanogpt: nanoGPT, batch 16, dropout 0.2")
     faster = median(mine, "tokens/s") / max(median(peer + also, "tokens/s")
@@ -48,27 +54,22 @@ def headline():
     mine, peer = (f"generate nanogpt: {engine}, batch 1, dropout 0.0"
                   for engine in ("gpt.py, cached", "nanoGPT"))
     writes = median(mine, "tokens/s past") / median(peer, "tokens/s past")
-    targets = [(statistics.mean(e["figures"]["last val loss"]["values"]), where, e["conditions"])
-               for where, them in document.items() for name, e in them.items()
-               if name.startswith("target")]
-    loss, elsewhere, longest = min(targets, key=lambda found: found[0])
-    many = len(longest["seeds"])
-    many = f"mean of {many} seeds" if many > 1 else "one seed"
     study = json.loads((ROOT / "outputs/best.json").read_text(encoding="utf-8"))
     pupils = [row for row in study["rows"] if row["model"].startswith("student")]
     taught, shorter = (statistics.mean(row[f"val_loss, windows of {size}"] for row in pupils)
                        for size in (512, 256))
     return textwrap.fill(
-        f"On {machine}: `gpt.py train --minutes {how['minutes']}` reaches nanoGPT's best "
-        f"validation loss, {how['loss']}, in {seconds:.0f} seconds of wall time, compiling and "
-        f"evaluating included (median of {len(how['seeds'])} seeds). At nanoGPT's shape, in one "
-        f"run, `gpt.py` in bfloat16 without dropout trains {faster:.1f} times as fast as nanoGPT "
-        f"in float32 with it, and writes {writes:.0f} times as fast past the window. On "
-        f"{elsewhere}: `gpt.py train --minutes {longest['minutes']:g}` ends at {loss:.4f} "
-        f"({many}, last weights). The best model, which two others have taught, "
-        f"ends at {taught:.4f} (mean of {len(pupils)} seeds, last weights; on windows of 256 "
-        f"characters {shorter:.4f}). How all of this was measured stands under "
-        "*Speed* and *The best model*.", 120, break_on_hyphens=False)
+        f"`gpt.py train --minutes {how['minutes']:g}` reaches nanoGPT's best validation loss, "
+        f"{how['loss']}, in {fast['s to target']['median']:.0f} seconds of wall time on {where}, "
+        f"compiling and evaluating included (median of {len(how['seeds'])} seeds). With "
+        f"`--minutes {longest['minutes']:g}` it ends at "
+        f"{statistics.mean(low['last val loss']['values']):.4f} {there} ({many}, last weights, "
+        f"windows of {longest['context']} characters). At nanoGPT's shape, in one run on {machine}, `gpt.py` in bfloat16 without "
+        f"dropout trains {faster:.1f} times as fast as nanoGPT in float32 with it, and writes "
+        f"{writes:.0f} times as fast past the window. The best model, which two others have "
+        f"taught, ends at {taught:.4f} (mean of {len(pupils)} seeds, last weights; on windows of "
+        f"256 characters {shorter:.4f}). How all of this was measured stands under *Speed* and "
+        "*The best model*.", 120, break_on_hyphens=False)
 
 
 def best():
