@@ -64,9 +64,9 @@ def headline():
         f"compiling and evaluating included (median of {len(how['seeds'])} seeds). With "
         f"`--minutes {longest['minutes']:g}` it ends at "
         f"{statistics.mean(low['last val loss']['values']):.4f} {there} ({many}, last weights, "
-        f"windows of {longest['context']} characters). At nanoGPT's shape, in one run on {machine}, `gpt.py` in bfloat16 without "
-        f"dropout trains {faster:.1f} times as fast as nanoGPT in float32 with it, and writes "
-        f"{writes:.0f} times as fast past the window. The best model, which two others have "
+        f"windows of {longest['context']} characters). At nanoGPT's shape, in one run on "
+        f"{machine}, `gpt.py` in bfloat16 without dropout trains {faster:.1f} times as fast as "
+        f"nanoGPT in float32 with it, and writes {writes:.0f} times as fast past the window. The best model, which two others have "
         f"taught, ends at {taught:.4f} (mean of {len(pupils)} seeds, last weights; on windows of "
         f"256 characters {shorter:.4f}). How all of this was measured stands under *Speed* and "
         "*The best model*.", 120, break_on_hyphens=False)
