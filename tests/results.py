@@ -66,10 +66,10 @@ def headline():
         f"{statistics.mean(low['last val loss']['values']):.4f} {there} ({many}, last weights, "
         f"windows of {longest['context']} characters). At nanoGPT's shape, in one run on "
         f"{machine}, `gpt.py` in bfloat16 without dropout trains {faster:.1f} times as fast as "
-        f"nanoGPT in float32 with it, and writes {writes:.0f} times as fast past the window. The best model, which two others have "
-        f"taught, ends at {taught:.4f} (mean of {len(pupils)} seeds, last weights; on windows of "
-        f"256 characters {shorter:.4f}). How all of this was measured stands under *Speed* and "
-        "*The best model*.", 120, break_on_hyphens=False)
+        f"nanoGPT in float32 with it, and writes {writes:.0f} times as fast past the window. The "
+        f"best model, which two others have taught, ends at {taught:.4f} (mean of {len(pupils)} "
+        f"seeds, last weights; on windows of 256 characters {shorter:.4f}). How all of this was "
+        "measured stands under *Speed* and *The best model*.", 120, break_on_hyphens=False)
 
 
 def best():
