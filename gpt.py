@@ -407,7 +407,7 @@ def train(config, data="", out_dir=OUT_DIR, resume=False, device="auto", dtype="
         batch = get_batch(train_data, config.batch_size * cut, config.block_size // cut, step,
                           config.seed)
         model.zero_grad()
-        for x, y in zip(*(side.chunk(world)[rank].chunk(parts) for side in batch)):
+        for x, y in zip(*(side[rank::world].chunk(parts) for side in batch)):
             logits = forward(x).flatten(0, 1).float() / config.train_temperature  # (B T, V)
             loss = F.cross_entropy(logits, y.flatten()) / parts
             loss_sum += loss.detach()

@@ -12,7 +12,7 @@ from conftest import ROOT
 EXPLICIT = "test_model.py::test_attention_is_explicit_softmax"
 CAUSAL = "test_model.py::test_causal_at_every_position"
 FORMULA = "test_model.py::test_forward_is_the_plain_formula"
-BATCH = "test_data.py::test_batch_is_fixed_by_seed_and_shifted_by_one"
+BATCH = "test_data.py::test_batch_is_fixed_by_step_and_seed_and_shifted_by_one"
 SPLIT = "test_data.py::test_split_is_disjoint_and_complete"
 CACHE = "test_generate.py::test_cached_logits_are_the_uncached"
 WINDOW = "test_generate.py::test_greedy_text_is_the_uncached_also_past_the_window"
