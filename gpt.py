@@ -10,7 +10,7 @@ gpt_from_scratch.ipynb explains every line and writes this file: make changes th
 # requires-python = ">=3.11"
 # dependencies = ["torch>=2.11,<2.14", "numpy"]
 # ///
-import argparse, array, copy, hashlib, json, math, os, signal, sys, time, urllib.request
+import argparse, array, copy, hashlib, itertools, json, math, os, signal, sys, time, urllib.request
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 import torch
@@ -75,9 +75,8 @@ def preset(device, minutes=0.0):
     least = 30 if minutes >= 30 else 7
     return PRESETS.get(device + f", {least} minutes or more" * (minutes >= 7), {})
 
-OUT_DIR = "outputs/runs/shakespeare"
-
 # ---- data ----------------------------------------------------------------------------------------
+OUT_DIR = "outputs/runs/shakespeare"
 TEXT, BUNDLED = Path("data/tinyshakespeare.txt"), Path("data/the_salt_tide.txt")
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -146,32 +145,36 @@ def norm(x):
     return F.rms_norm(x, (x.size(-1),))
 
 def rotary(x, cos, sin):
-    """Rotate pairs of channels of x (B, H, T, D) by angles with this cos and sin, (T, D / 2), that
-    grow with the position (Su et al., 2021)."""
+    """Turn pairs of channels of x (B, H, T, D) by their positions' angles (Su et al., 2021)."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
-def positions(start, T, D, device=None):
-    """What only the positions from `start` on decide: cos and sin of the rotary angles, (T, D / 2),
-    and the causal mask (T, start + T), 0 where a query may look and -inf in its future."""
-    speeds = 10000.0 ** (-torch.arange(0, D, 2, device=device) / D)
-    angles = torch.outer(torch.arange(start, start + T, device=device), speeds)
-    mask = torch.full((T, start + T), -math.inf, device=device).triu(start + 1)
-    return angles.cos(), angles.sin(), mask
+def positions(start, T, S, D, device=None):
+    """T positions, cos and sin of their angles, (T, D / 2), and mask (T, S), -inf in the future."""
+    place = torch.arange(start, start + T, device=device)
+    angles = torch.outer(place, 10000.0 ** (-torch.arange(0, D, 2, device=device) / D))
+    mask = torch.full((T, S), -math.inf, device=device).triu(start + 1)
+    return place, angles.cos(), angles.sin(), mask
 
 def attention(q, k, v, mask):
-    """Causal attention of T queries (B, H, T, D), the last of S positions, to k, v (B, H, S, D),
-    with their mask (T, S)."""
-    T, S = mask.shape
+    """Attention of queries (B, H, T, D) to k, v (B, H, S, D), with their causal mask (T, S)."""
+    (T, S), q = mask.shape, q / math.sqrt(q.size(-1))
+    if T == 1 and torch.compiler.is_compiling():  # sums become one loop each
+        weights = ((q * k).sum(-1) + mask).softmax(-1)  # (B, H, S)
+        return (weights[..., None] * v).sum(-2, keepdim=True)
     if q.device.type == "cpu" and torch.is_grad_enabled():  # there the fused backward is slower
-        scores = q @ k.mT / math.sqrt(q.size(-1)) + mask
-        return scores.softmax(-1).to(v.dtype) @ v
-    mask = mask if 1 < T < S else None  # one query may look everywhere
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=T == S)
+        return (q @ k.mT + mask).softmax(-1).to(v.dtype) @ v
+    mask = None if T == S else mask
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=T == S, scale=1)
+
+def linear(x, weight):
+    """x @ weight.T. For a single row, compiled: one loop, as fast as memory gives the weights."""
+    if x.numel() == x.size(-1) and torch.compiler.is_compiling():
+        return (x.unsqueeze(-2) * weight).sum(-1)
+    return F.linear(x, weight)
 
 class KVCache:
-    """What a model keeps of the `length` ids that it has read: keys and values of each layer,
-    (L, 2, B, H, block_size, D), and the last two ids, (B, 2)."""
+    """Keys and values, (L, 2, B, H, block_size, D), of `length` ids read, and the last two ids."""
     def __init__(self, config, batch_size, device):
         shape = 2, batch_size, config.n_head, config.block_size, config.n_embd // config.n_head
         self.kv, self.length = torch.zeros(config.n_layer, *shape, device=device), 0
@@ -191,32 +194,30 @@ class GPT(nn.Module):
         self.down = nn.Parameter(torch.zeros(L, C, 4 * C))
         self.head = nn.Parameter(torch.zeros(V, C))
 
-    def block(self, x, qkv, out, up, down, kv, cos, sin, mask):
+    def block(self, x, qkv, out, up, down, kv, place, cos, sin, mask):
         """One layer: x (B, T, C) after attention and MLP; adds keys and values to a cache's kv."""
         (B, T, _), H, p = x.shape, self.config.n_head, self.config.dropout * self.training
-        q, k, v = F.linear(norm(x), qkv).view(B, T, 3, H, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = linear(norm(x), qkv).view(B, T, 3, H, -1).permute(2, 0, 3, 1, 4)
         q, k = rotary(norm(q), cos, sin), rotary(norm(k), cos, sin)  # (B, H, T, D), QK norm
         if kv is not None:
-            S = mask.size(1)
-            kv[..., S - T:S, :] = torch.stack((k, v))
-            k, v = kv[..., :S, :]  # (B, H, S, D)
+            k, v = kv.index_copy_(3, place, torch.stack((k, v)))  # (B, H, S, D)
         y = attention(q, k, v, mask).transpose(1, 2).reshape(B, T, -1)  # (B, T, C)
-        x = x + F.dropout1d(F.linear(y, out).mT, p).mT  # one mask for all positions
-        y = F.relu(F.linear(norm(x), up)).square()  # (B, T, 4C), ReLU^2 (So et al., 2021)
-        return x + F.dropout1d(F.linear(y, down).mT, p).mT
+        x = x + F.dropout1d(linear(y, out).mT, p).mT  # one mask for all positions
+        y = F.relu(linear(norm(x), up)).square()  # (B, T, 4C), ReLU^2 (So et al., 2021)
+        return x + F.dropout1d(linear(y, down).mT, p).mT
 
     def forward(self, idx, cache=None):
         """Logits for ids that go on from what `cache`, if there is one, has read."""
         T, start, kv = idx.size(1), 0, [None] * self.config.n_layer
+        S = self.config.block_size if cache else T
         if cache:
             start, kv, idx = cache.length, cache.kv, torch.cat((cache.recent, idx), dim=1)
             cache.length, cache.recent = start + T, idx[:, 1 - len(self.embedding):]
-        x = sum(F.pad(F.embedding(idx[:, :idx.size(1) - i], table), (0, 0, i, 0))
-                for i, table in enumerate(self.embedding))
-        x = norm(x[:, -T:])  # (B, T, C)
-        place = positions(start, T, x.size(-1) // self.config.n_head, x.device)
+        x = norm(sum(F.pad(F.embedding(idx[:, :idx.size(1) - i], table), (0, 0, i, 0))
+                     for i, table in enumerate(self.embedding))[:, -T:])  # (B, T, C)
+        shared = positions(start, T, S, x.size(-1) // self.config.n_head, x.device)
         for layer in zip(self.qkv, self.out, self.up, self.down, kv):
-            x = self.block(x, *layer, *place)
+            x = self.block(x, *layer, *shared)
         return F.linear(norm(x), self.head)  # (B, T, V)
 
 # ---- optimizer -----------------------------------------------------------------------------------
@@ -257,16 +258,14 @@ def make_optimizers(model, config):
 # ---- training ------------------------------------------------------------------------------------
 @torch.no_grad()
 def evaluate(model, data, block_size):
-    """Mean loss of a function from ids (B, T) to logits (B, T, V), in nats per character, over all
-    of `data` in windows that don't overlap. Nothing is drawn at random."""
+    """Mean loss in nats of a function from ids (B, T) to logits (B, T, V), over all of `data`."""
     check(len(data) > 1, "the validation part of the text is shorter than 2 characters")
-    rest, total = -(len(data) - 1) % block_size, 0.0  # to fill the last window; it doesn't count
-    inputs = F.pad(data[:-1], (0, rest)).view(-1, block_size)
+    rest, loss = -(len(data) - 1) % block_size, 0.0  # to fill the last window; it doesn't count
+    inputs = F.pad(data[:-1], (0, rest)).view(-1, block_size)  # windows that don't overlap
     targets = F.pad(data[1:].long(), (0, rest), value=-100).view(-1, block_size)
     for x, y in zip(inputs.split(16), targets.split(16)):
-        logits = model(x).flatten(0, 1).float()
-        total += F.cross_entropy(logits, y.flatten(), reduction="sum").item()
-    return total / (len(data) - 1)
+        loss += F.cross_entropy(model(x).flatten(0, 1).float(), y.flatten(), reduction="sum").item()
+    return loss / (len(data) - 1)
 
 def pick_device(device="auto", dtype="auto"):
     """torch.device, and the number format of its matrix products: the fastest it has units for."""
@@ -290,23 +289,22 @@ def load(path, device):
     except Exception as error:
         raise UserError(f"{path} is missing or no checkpoint of gpt.py ({type(error).__name__})")
 
-def try_compile(model, x, autocast):
-    """The model compiled for batches like x (B, T), or the model, with a notice, if that fails."""
+def try_compile(model, trial):
+    """The model compiled, or the model, with a notice, if the function `trial` fails with that."""
     compiled = copy.copy(model)  # with the same weights
     try:  # one block for all layers: compiling the whole model takes three times as long
         compiled.block = torch.compile(model.block, dynamic=False)
-        autocast(compiled)(x).sum().backward()
+        trial(compiled)
         return compiled
     except Exception as error:  # no C++ compiler, no Triton, an old GPU: each has its own type
-        print(f"torch.compile fails here ({type(error).__name__}): training without it", file=LOG)
+        print(f"torch.compile fails here ({type(error).__name__}): going on without", file=LOG)
         return model
 
 def train(config, data="", out_dir=OUT_DIR, resume=False, device="auto", dtype="auto",
           compile="auto", teachers="", caught=()):
-    """Train a GPT on a text; write last.pt, best.pt, metrics.jsonl and run.json into out_dir and
-    return what run.json holds. With teachers, paths of checkpoints with commas between, it learns
-    their mean prediction, too (Hinton et al., 2015; Furlanello et al., 2018). Once a signal number
-    is in `caught`, evaluates, saves and stops."""
+    """Train a GPT on a text; write checkpoints, metrics.jsonl and run.json into out_dir and return
+    what run.json holds. From teachers, paths with commas between, it learns their mean prediction,
+    too (Hinton et al., 2015; Furlanello et al., 2018). A signal in `caught` saves and stops it."""
     begin = time.perf_counter()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1 and not distributed.is_initialized():
@@ -332,17 +330,16 @@ def train(config, data="", out_dir=OUT_DIR, resume=False, device="auto", dtype="
         teach.append(teacher)
     torch.manual_seed(config.seed)
     model = GPT(config).to(device)
-    run = {"config": asdict(config), "chars": tokenizer.chars, "data": str(path),
-           "sha256": sha256, "device": str(device),
-           "precision": str(dtype)[6:], "processes": world, "torch": str(torch.__version__),
-           "parameters": sum(p.numel() for p in model.parameters()),
+    run = {"config": asdict(config), "chars": tokenizer.chars, "data": str(path), "sha256": sha256,
            "train_characters": len(train_data), "val_characters": len(val_data),
-           "teachers": teachers, "metrics": []}
+           "parameters": sum(p.numel() for p in model.parameters()), "teachers": teachers,
+           "device": str(device), "precision": str(dtype)[6:], "processes": world,
+           "torch": str(torch.__version__), "metrics": []}
     if resume:
         model, _, saved = load(out_dir / "last.pt", device)
-        changed = [key for key in run["config"] if saved["config"].get(key) != run["config"][key]]
-        changed += ["text"] * (saved["sha256"] != sha256)
-        changed += ["teachers"] * (saved.get("teachers", "") != teachers)
+        old, new = ({**r["config"], "text": r["sha256"], "teachers": r.get("teachers")}
+                    for r in (saved, run))
+        changed = [key for key in new if old.get(key) != new[key]]
         check(not changed, f"{out_dir} was started with another {', '.join(changed)}: go on as it "
               "was, or name another --out_dir")
         run |= {key: saved[key] for key in ("metrics", "best_val_loss", *saved["metrics"][-1])}
@@ -354,15 +351,14 @@ def train(config, data="", out_dir=OUT_DIR, resume=False, device="auto", dtype="
     autocast = torch.autocast(device.type, dtype, enabled=dtype is not torch.float32)
     if compile == "on" or compile == "auto" and (config.minutes or config.max_iters / 200) > 1:
         x, _ = get_batch(train_data, config.batch_size // world // parts, config.block_size, 0)
-        forward = try_compile(model, x, autocast)
+        forward = try_compile(model, lambda compiled: autocast(compiled)(x).sum().backward())
     run["compiled"] = forward is not model
     print(f"{run['parameters']:,} parameters, {device}, {run['precision']}, "
           f"{len(train_data):,} characters of {path}{', compiled' * run['compiled']}", file=LOG)
     forward = autocast(nn.parallel.DistributedDataParallel(forward) if world > 1 else forward)
     last = run["metrics"][-1] if resume else {"step": 0, "seconds": 0.0}
-    begin -= last["seconds"]
-    step, loss_sum, since = last["step"], 0.0, time.perf_counter()
-    while True:
+    begin, loss_sum, since = begin - last["seconds"], 0.0, time.perf_counter()
+    for step in itertools.count(last["step"]):
         seconds = time.perf_counter() - begin
         done = seconds / 60 / config.minutes if config.minutes else step / config.max_iters
         shared = torch.tensor([done, len(caught)], device=device if world > 1 else None)
@@ -385,14 +381,12 @@ def train(config, data="", out_dir=OUT_DIR, resume=False, device="auto", dtype="
                     "learning_rate": config.learning_rate * factor, "tokens_per_second": speed}
             print(f"step {step}: train {train_loss:.4f}, val {val_loss:.4f}, {speed:,.0f} "
                   f"tokens/s, {done:.0%} done{', saved for --resume' * bool(stop)}", file=LOG)
-            run["metrics"].append(last)
-            best = min(row["val_loss"] for row in run["metrics"])
-            run |= last | {"best_val_loss": best}
+            rows = run["metrics"] = [*run["metrics"], last]
+            run |= last | {"best_val_loss": min(row["val_loss"] for row in rows)}
             content = run | {"model": model.state_dict()}
-            if val_loss == best:
+            if val_loss == run["best_val_loss"]:
                 write(out_dir / "best.pt", content)
-            lines = [json.dumps(row) + "\n" for row in run["metrics"]]
-            write(out_dir / "metrics.jsonl", "".join(lines).encode())
+            write(out_dir / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in rows).encode())
             write(out_dir / "run.json", json.dumps(run, indent=1).encode())
             write(out_dir / "last.pt", content | {"state": [k.state_dict() for k in keepers]})
             loss_sum, since = 0.0, time.perf_counter()
@@ -413,15 +407,13 @@ def train(config, data="", out_dir=OUT_DIR, resume=False, device="auto", dtype="
             loss_sum += loss.detach()
             if teach:
                 with torch.no_grad():
-                    soft = sum(autocast(teacher)(x).flatten(0, 1).float().softmax(-1)
-                               for teacher in teach) / len(teach)
-                loss = (loss + F.cross_entropy(logits, soft) / parts) / 2
+                    soft = sum(autocast(teacher)(x).float().softmax(-1) for teacher in teach)
+                loss = (loss + F.cross_entropy(logits, soft.flatten(0, 1) / len(teach)) / parts) / 2
             scaler.scale(loss).backward()
         for optimizer, peak in zip(keepers[1:], (config.learning_rate, config.adamw_learning_rate)):
             optimizer.param_groups[0]["lr"] = peak * factor
             autocast(scaler.step)(optimizer)
         scaler.update()
-        step += 1
 
 # ---- sampling ------------------------------------------------------------------------------------
 def sample_next(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
@@ -431,25 +423,26 @@ def sample_next(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     check(logits.amax(-1).isfinite().all(), "the model gives no numbers: its checkpoint is damaged")
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
-    probs, ids = logits.softmax(-1).sort(-1, descending=True)
+    probs = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)
+    probs, ids = probs.topk(min(top_k or len(probs[0]), len(probs[0])))
     keep = probs.cumsum(-1) - probs < top_p  # those before it don't reach top_p yet
-    keep[:, top_k or len(probs[0]):] = False
     return ids.gather(-1, torch.multinomial(probs * keep, 1, generator=generator))
 
 @torch.inference_mode()
-def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, seed=1):
+def generate(model, idx, max_new_tokens, temperature=1, top_k=0, top_p=1, seed=1, compile=False):
     """Go on from idx (B, T), character by character: yields max_new_tokens ids (B, 1). When the
     window is full, or the prompt longer, the model reads the last half window again."""
     check(temperature >= 0 and top_k >= 0 and 0 < top_p <= 1 and abs(seed) < 2**63, "temperature "
           "and top_k must be at least 0, top_p above 0 and at most 1, seed a number of 64 bits")
     block_size, device, seen = model.config.block_size, model.head.device, idx
     generator, cache = torch.Generator().manual_seed(seed), KVCache(model.config, len(idx), device)
+    trial = idx[:, :1].to(device), copy.copy(cache)  # what this writes, the first reading replaces
+    fast = try_compile(model, lambda it: it(*trial)) if compile else model  # for single characters
     for _ in range(max_new_tokens):
         if cache.length + idx.size(1) > block_size:
             cache = KVCache(model.config, len(idx), device)
             idx = seen[:, -max(1, block_size // 2):]
-        logits = model(idx.to(device), cache)[:, -1]  # (B, V)
+        logits = (fast if idx.size(1) == 1 else model)(idx.to(device), cache)[:, -1]  # (B, V)
         idx = sample_next(logits, temperature, top_k, top_p, generator)
         seen = torch.cat((seen, idx), dim=1)
         yield idx
@@ -461,7 +454,7 @@ FLAGS = {f.name: ("train", f.default, f.metadata["meaning"]) for f in fields(Con
     "resume": ("train", False, "go on with the run in out_dir"),
     "device": ("train generate evaluate", "auto", "where to compute"),
     "dtype": ("train", "auto", "number format of matrix products"),
-    "compile": ("train", "auto", "use torch.compile; auto does so where it pays"),
+    "compile": ("train generate", "auto", "use torch.compile; auto does so where it pays"),
     "teachers": ("train", "", "checkpoints to learn from too, with commas between"),
     "checkpoint": ("generate evaluate", f"{OUT_DIR}/best.pt", "model to load"),
     "prompt": ("generate", "\n", "text to go on from"),
@@ -484,11 +477,10 @@ def main(argv=None):
     caught = []
     parser.add_argument("command", choices=["train", "generate", "evaluate"])
     for name, (commands, default, meaning) in FLAGS.items():
-        others = [f"; {where}: {p[name]!r}" for where, p in PRESETS.items() if name in p]
-        shown = repr(default) + "".join(others)
+        others = "".join(f"; {where}: {p[name]!r}" for where, p in PRESETS.items() if name in p)
         kind = {"type": type(default), "choices": CHOICES.get(name)}
         parser.add_argument(f"--{name}", default=argparse.SUPPRESS,
-                            help=f"{meaning} (for {commands}; default: {shown})",
+                            help=f"{meaning} (for {commands}; default: {default!r}{others})",
                             **({"action": "store_true"} if default is False else kind))
     try:
         given = vars(parser.parse_args(argv))
@@ -503,14 +495,13 @@ def main(argv=None):
             for number in (signal.SIGINT, signal.SIGTERM):  # finish the step, save, and stop
                 signal.signal(number, lambda number, frame: caught.append(number) if not caught
                               else signal.default_int_handler(number, frame))  # the second time
-            base = preset(device.type, given.get("minutes", 0.0))
+            base = preset(device.type, args.minutes)
             if args.resume:
                 _, _, saved = load(Path(args.out_dir, "last.pt"), "cpu")
-                base, args.data = saved["config"], args.data or saved["data"]
-                args.teachers = args.teachers or saved.get("teachers", "")
-            chosen = {f.name: given[f.name] for f in fields(Config) if f.name in given}
-            train(Config(**base | chosen), args.data, args.out_dir, args.resume, args.device,
-                  args.dtype, args.compile, args.teachers, caught)
+                told = "data", "teachers"
+                base, given = saved["config"], {k: saved.get(k, "") for k in told} | given
+            chosen = {f.name: given.pop(f.name) for f in fields(Config) if f.name in given}
+            train(Config(**base | chosen), **given, caught=caught)
             return 128 + caught[0] if caught else 0
         model, tokenizer, saved = load(args.checkpoint, device)
         if command == "evaluate":
@@ -523,10 +514,11 @@ def main(argv=None):
             args.prompt = Path(args.prompt_file).read_text("utf-8-sig", "replace")
         sys.stdout.reconfigure(encoding="utf-8")
         idx = tokenizer.encode(args.prompt).long()[None]
+        compile = {"on": True, "off": False}.get(args.compile, args.max_new_tokens >= 5000)
         for i in range(args.num_samples):
             text = args.prompt if i == 0 else f"\n---\n{args.prompt}"
             for token in generate(model, idx, args.max_new_tokens, args.temperature, args.top_k,
-                                  args.top_p, args.seed + i):
+                                  args.top_p, args.seed + i, compile):
                 print(text + tokenizer.decode(token[0]), end="", flush=True)
                 text = ""
         print(flush=True)

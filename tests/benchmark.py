@@ -88,7 +88,7 @@ def training_step(engine, config, device, dtype, x, compiled):
     autocast = torch.autocast(device.type, dtype, enabled=dtype is not torch.float32)
     forward = torch.compile(model) if compiled else model
     if engine == "gpt.py":
-        forward = gpt.try_compile(model, x, autocast)
+        forward = gpt.try_compile(model, lambda fast: autocast(fast)(x).sum().backward())
         model.zero_grad()
     found = {"precision": str(dtype)[6:], "compiled": forward is not model,
              "optimizer": " and ".join(type(optimizer).__name__ for optimizer in optimizers)}
@@ -169,18 +169,23 @@ def generate(config, device, dtype, engine, past=1000, stride=8):
     model = nano_gpt(config) if engine == "nanoGPT" else gpt.GPT(config)
     model = model.to(device).eval()
     text = torch.randint(config.vocab_size, (B, T)).to(device)
+    compiled = engine == "gpt.py, compiled"
 
     def one_more(idx):
         if engine == "nanoGPT":
             return model.generate(idx, 1)
-        if engine == "gpt.py, cached":
-            return next(gpt.generate(model, idx, 1))
+        if engine != "gpt.py, uncached":
+            return next(gpt.generate(model, idx, 1, compile=compiled))
         return torch.multinomial(model(idx)[:, -1].softmax(-1), 1)
 
-    seconds_of(one_more, [text] * 3, device)
+    begin = clock(device)
+    one_more(text)
+    once = {"s to compile": clock(device) - begin} if compiled else {}
+    seconds_of(one_more, [text] * 2, device)
     first = [seconds_of(one_more, [text[:, :n]] * 5, device) for n in (1, T)]
-    if engine == "gpt.py, cached":
-        stream, counts = gpt.generate(model, text[:, :1], T - 1 + past), (T - 1, past)
+    if engine in ("gpt.py, cached", "gpt.py, compiled"):
+        stream = gpt.generate(model, text[:, :1], T - 1 + past, compile=compiled)
+        counts = T - 1, past
         within, beyond = (seconds_of(lambda _: next(stream), range(n), device) for n in counts)
     else:
         contexts = [text[:, :n] for n in range(stride // 2, T, stride)]
@@ -189,7 +194,7 @@ def generate(config, device, dtype, engine, past=1000, stride=8):
         beyond = seconds_of(one_more, [text] * len(contexts), device)
     return {"tokens/s within": B / within, "tokens/s past": B / beyond,
             "ms to first, prompt of 1": 1000 * first[0],
-            "ms to first, prompt fills window": 1000 * first[1]}, {
+            "ms to first, prompt fills window": 1000 * first[1]} | once, {
             "timed within and past, per text": counts, "precision": "float32"}
 
 
@@ -289,7 +294,7 @@ def plan(args, device):
              for size, dropout in ((64, 0.2), (batch, 0.2), (batch, 0.0))
              for compiled in (False, True)]
     rows += [("generate", engine, size, 0.0, {}) for size in (1, 16)
-             for engine in ("gpt.py, cached", "gpt.py, uncached", "nanoGPT")]
+             for engine in ("gpt.py, compiled", "gpt.py, cached", "gpt.py, uncached", "nanoGPT")]
     jobs = {}
     for kind, engine, size, dropout, options in rows:
         label = f": {engine}, batch {size}, dropout {dropout}" if engine else ""
@@ -331,7 +336,7 @@ SHOWN = {"machine": [], "start": [],  # all their figures
          "train": ["engine", "batch", "dropout", "precision", "compiled", "tokens/s",
                    "model GFLOP/s", "peak MiB"],
          "generate": ["engine", "batch", "tokens/s within", "tokens/s past",
-                      "ms to first, prompt of 1"],
+                      "ms to first, prompt of 1", "s to compile"],
          "target": ["minutes", "loss", "seeds", "s to target", "steps", "last val loss"],
          "texts": ["text", "engine", "minutes", "threads", "seeds", "steps", "last val loss"]}
 

@@ -1,5 +1,5 @@
-"""The best single model of gpt.py: two models teach a third one, which on a CPU is larger. An
-hour and a quarter on two cores; the rows go to outputs/best.json.
+"""The best single model of gpt.py: two models teach a third one, which on a CPU is larger. Beside
+it, the same without teachers. An hour and a half on two cores; the rows go to outputs/best.json.
 
     python tests/best.py
 
@@ -19,10 +19,12 @@ from benchmark import ROOT, device_name, gpt
 RUNS = Path("outputs/runs/best")
 DEVICE, PRECISION = gpt.pick_device()
 ON_CPU = DEVICE.type == "cpu"
-TEACHERS, STUDENTS = ("teacher1", "teacher2"), ("student1", "student2")  # the number is the seed
+KINDS = "teacher", "student", "untaught"
+TEACHERS, STUDENTS, UNTAUGHT = ([kind + seed for seed in "12"] for kind in KINDS)
 LONGER = {} if ON_CPU else dict(block_size=512, batch_size=32)  # windows as in the CPU's presets
 PLANS = {"teacher": gpt.preset(DEVICE.type, 7) | LONGER | dict(max_iters=2200),
          "student": gpt.preset(DEVICE.type, 30) | LONGER | dict(max_iters=2600)}
+PLANS["untaught"] = PLANS["student"]
 
 
 def train(name):
@@ -42,7 +44,7 @@ def train(name):
 def main():
     os.chdir(ROOT)
     with ThreadPoolExecutor(os.cpu_count() if ON_CPU else 1) as pool:
-        runs = {name: run for names in (TEACHERS, STUDENTS)
+        runs = {name: run for names in (TEACHERS, STUDENTS, UNTAUGHT)
                 for name, run in zip(names, pool.map(train, names))}
     models = {name: gpt.load(RUNS / name / "last.pt", DEVICE)[0] for name in runs}
     models["mean of the teachers"] = lambda x: sum(

@@ -18,6 +18,22 @@ def test_cached_logits_are_the_uncached(model, idx, sizes):
         assert torch.allclose(in_chunks(model, idx, sizes), model(idx), atol=1e-5)
 
 
+def test_single_characters_as_compiled_give_the_same_logits(model, idx, monkeypatch):
+    """The lines that only a compiled model takes, without the compiler."""
+    expected = in_chunks(model, idx, 1)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    sums = [in_chunks(model, part, 1) for part in idx.split(1)]
+    assert torch.allclose(torch.cat(sums), expected, atol=1e-5)
+    assert not torch.equal(torch.cat(sums), expected)  # other lines, other rounding
+
+
+def test_compiled_text_is_the_uncompiled_also_past_the_window(model):
+    prompt = torch.randint(65, (2, 3), generator=torch.Generator().manual_seed(1))
+    texts = [torch.cat([*gpt.generate(model, prompt, 40, compile=fast)], dim=1)
+             for fast in (False, True)]
+    assert torch.equal(*texts)
+
+
 @pytest.mark.parametrize("length", [1, 5, 16, 17, 40])
 def test_greedy_text_is_the_uncached_also_past_the_window(model, length):
     """Past block_size the rule is: read the last half window again, and go on from there."""
