@@ -65,7 +65,7 @@ def headline():
         f"{5000 * 64 * 256 / peer / 3600:.0f} hours there, at the speed that it reaches in our "
         "benchmark.",
         f"**{statistics.mean(low['last val loss']['values']):.4f} in {longest['minutes']:g} "
-        f"minutes**, {there} ({many}, last weights, windows of {longest['context']} characters).",
+        f"minutes** {there} ({many}, last weights, windows of {longest['context']} characters).",
         f"**{mean('student'):.4f}** for the best model, which two others have taught (mean of 2 "
         f"seeds, last weights; on windows of 256 characters {mean('student', 256):.4f}), and "
         f"{mean('untaught'):.4f} without teachers.",
