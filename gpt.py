@@ -434,7 +434,7 @@ def generate(model, idx, max_new_tokens, temperature=1, top_k=0, top_p=1, seed=1
     window is full, or the prompt longer, the model reads the last half window again."""
     check(temperature >= 0 and top_k >= 0 and 0 < top_p <= 1 and abs(seed) < 2**63, "temperature "
           "and top_k must be at least 0, top_p above 0 and at most 1, seed a number of 64 bits")
-    block_size, device, seen = model.config.block_size, model.head.device, idx
+    block_size, device, seen = model.config.block_size, model.head.device, idx.cpu()
     generator, cache = torch.Generator().manual_seed(seed), KVCache(model.config, len(idx), device)
     trial = idx[:, :1].to(device), copy.copy(cache)  # what this writes, the first reading replaces
     fast = try_compile(model, lambda it: it(*trial)) if compile else model  # for single characters
