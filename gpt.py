@@ -10,7 +10,8 @@ gpt_from_scratch.ipynb explains every line and writes this file: make changes th
 # requires-python = ">=3.11"
 # dependencies = ["torch>=2.11,<2.14", "numpy"]
 # ///
-import argparse, array, copy, hashlib, itertools, json, math, os, signal, sys, time, urllib.request
+import argparse, array, copy, hashlib, itertools, json, math, os, signal, sys, time, timeit
+import urllib.request
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 import torch
@@ -149,12 +150,12 @@ def rotary(x, cos, sin):
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
-def positions(start, T, S, D, device=None):
-    """T positions, cos and sin of their angles, (T, D / 2), and mask (T, S), -inf in the future."""
-    place = torch.arange(start, start + T, device=device)
-    angles = torch.outer(place, 10000.0 ** (-torch.arange(0, D, 2, device=device) / D))
-    mask = torch.full((T, S), -math.inf, device=device).triu(start + 1)
-    return place, angles.cos(), angles.sin(), mask
+def positions(place, S, D):
+    """For positions `place` (T,) and keys at 0 to S - 1: cos and sin of the positions' angles,
+    (T, D / 2), and a mask (T, S) to add to the scores, 0 for the past and -inf for the future."""
+    angles = torch.outer(place, 10000.0 ** (-torch.arange(0, D, 2, device=place.device) / D))
+    future = torch.arange(S, device=place.device) > place[:, None]
+    return angles.cos(), angles.sin(), torch.where(future, -math.inf, 0.0)
 
 def attention(q, k, v, mask):
     """Attention of queries (B, H, T, D) to k, v (B, H, S, D), with their causal mask (T, S)."""
@@ -171,14 +172,15 @@ def linear(x, weight):
     """x @ weight.T. For a single row, compiled: one loop, as fast as memory gives the weights."""
     if x.numel() == x.size(-1) and torch.compiler.is_compiling():
         return (x.unsqueeze(-2) * weight).sum(-1)
-    return F.linear(x, weight)
+    return F.linear(x, weight.to(x.dtype))
 
 class KVCache:
-    """Keys and values, (L, 2, B, H, block_size, D), of `length` ids read, and the last two ids."""
+    """For each layer, keys and values (2, B, H, block_size, D) of `length` ids read, and of these
+    ids the last two."""
     def __init__(self, config, batch_size, device):
         shape = 2, batch_size, config.n_head, config.block_size, config.n_embd // config.n_head
-        self.kv, self.length = torch.zeros(config.n_layer, *shape, device=device), 0
-        self.recent = torch.zeros(batch_size, 0, dtype=torch.long, device=device)
+        self.kv = [torch.zeros(shape, device=device) for _ in range(config.n_layer)]
+        self.length, self.recent = 0, torch.zeros(batch_size, 2, dtype=torch.long, device=device)
 
 class GPT(nn.Module):
     """Transformer from ids (B, T) to logits (B, T, V). Stacks hold one matrix for every layer,
@@ -194,7 +196,7 @@ class GPT(nn.Module):
         self.down = nn.Parameter(torch.zeros(L, C, 4 * C))
         self.head = nn.Parameter(torch.zeros(V, C))
 
-    def block(self, x, qkv, out, up, down, kv, place, cos, sin, mask):
+    def block(self, x, place, cos, sin, mask, qkv, out, up, down, kv):
         """One layer: x (B, T, C) after attention and MLP; adds keys and values to a cache's kv."""
         (B, T, _), H, p = x.shape, self.config.n_head, self.config.dropout * self.training
         q, k, v = linear(norm(x), qkv).view(B, T, 3, H, -1).permute(2, 0, 3, 1, 4)
@@ -206,19 +208,24 @@ class GPT(nn.Module):
         y = F.relu(linear(norm(x), up)).square()  # (B, T, 4C), ReLU^2 (So et al., 2021)
         return x + F.dropout1d(linear(y, down).mT, p).mT
 
+    def layers(self, idx, place, S, kv):
+        """Logits for all but the first two of idx (B, 2 + T), at positions `place` (T,) of S."""
+        D = self.config.n_embd // self.config.n_head
+        shifts = (F.embedding(idx[:, 2 - i:idx.size(1) - i], table).float() * (place >= i)[:, None]
+                  for i, table in enumerate(self.embedding))
+        x, shared = norm(sum(shifts)), positions(place, S, D)  # (B, T, C)
+        for layer in zip(self.qkv, self.out, self.up, self.down, kv):
+            x = self.block(x, place, *shared, *layer)
+        return linear(norm(x), self.head)  # (B, T, V)
+
     def forward(self, idx, cache=None):
         """Logits for ids that go on from what `cache`, if there is one, has read."""
-        T, start, kv = idx.size(1), 0, [None] * self.config.n_layer
-        S = self.config.block_size if cache else T
-        if cache:
-            start, kv, idx = cache.length, cache.kv, torch.cat((cache.recent, idx), dim=1)
-            cache.length, cache.recent = start + T, idx[:, 1 - len(self.embedding):]
-        x = norm(sum(F.pad(F.embedding(idx[:, :idx.size(1) - i], table), (0, 0, i, 0))
-                     for i, table in enumerate(self.embedding))[:, -T:])  # (B, T, C)
-        shared = positions(start, T, S, x.size(-1) // self.config.n_head, x.device)
-        for layer in zip(self.qkv, self.out, self.up, self.down, kv):
-            x = self.block(x, *layer, *shared)
-        return F.linear(norm(x), self.head)  # (B, T, V)
+        place = torch.arange(idx.size(1), device=idx.device)
+        if cache is None:
+            return self.layers(F.pad(idx, (2, 0)), place, len(place), [None] * self.config.n_layer)
+        place, idx = place + cache.length, torch.cat((cache.recent, idx), dim=1)
+        cache.length, cache.recent = cache.length + len(place), idx[:, -2:]
+        return self.layers(idx, place, self.config.block_size, cache.kv)
 
 # ---- optimizer -----------------------------------------------------------------------------------
 def orthogonalize(x):
@@ -267,16 +274,22 @@ def evaluate(model, data, block_size):
         loss += F.cross_entropy(model(x).flatten(0, 1).float(), y.flatten(), reduction="sum").item()
     return loss / (len(data) - 1)
 
+def product_time(dtype):
+    """Least seconds of five products of small matrices in a number format, on the CPU."""
+    x = torch.ones(256, 256, dtype=dtype)
+    return min(timeit.repeat(lambda: x @ x, number=1, repeat=5))
+
 def pick_device(device="auto", dtype="auto"):
-    """torch.device, and the number format of its matrix products: the fastest it has units for."""
+    """torch.device, and the number format of its matrix products: the fastest that it has."""
     there = [name for name in ("cuda", "mps", "cpu") if getattr(torch, name).is_available()]
     device = there[0] if device == "auto" else device
     check(device in there, f"there is no {device} here: use --device auto or --device cpu")
-    chip = torch.cpu.get_capabilities()
-    best = "bfloat16" if chip.get("avx512_bf16") or chip.get("amx_bf16") else "float32"
+    best = torch.float32
     if device == "cuda":  # torch.cuda.is_bf16_supported() says yes on a T4, which only emulates it
-        best = "bfloat16" if torch.cuda.get_device_capability() >= (8, 0) else "float16"
-    return torch.device(device), getattr(torch, best if dtype == "auto" else dtype)
+        best = torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
+    elif device == "cpu" and dtype == "auto":  # a chip may know bfloat16 and be slower with it
+        best = min(torch.float32, torch.bfloat16, key=product_time)
+    return torch.device(device), best if dtype == "auto" else getattr(torch, dtype)
 
 def load(path, device):
     """Model, tokenizer and content of a checkpoint. Reads tensors and values, and runs no code."""
@@ -289,11 +302,12 @@ def load(path, device):
     except Exception as error:
         raise UserError(f"{path} is missing or no checkpoint of gpt.py ({type(error).__name__})")
 
-def try_compile(model, trial):
-    """The model compiled, or the model, with a notice, if the function `trial` fails with that."""
+def try_compile(model, part, trial):
+    """The model with its method `part` compiled, or, with a notice, the model as it is, if the
+    function `trial` fails with that."""
     compiled = copy.copy(model)  # with the same weights
-    try:  # one block for all layers: compiling the whole model takes three times as long
-        compiled.block = torch.compile(model.block, dynamic=False)
+    try:
+        setattr(compiled, part, torch.compile(getattr(model, part), dynamic=False))
         trial(compiled)
         return compiled
     except Exception as error:  # no C++ compiler, no Triton, an old GPU: each has its own type
@@ -351,7 +365,7 @@ def train(config, data="", out_dir=OUT_DIR, resume=False, device="auto", dtype="
     autocast = torch.autocast(device.type, dtype, enabled=dtype is not torch.float32)
     if compile == "on" or compile == "auto" and (config.minutes or config.max_iters / 200) > 1:
         x, _ = get_batch(train_data, config.batch_size // world // parts, config.block_size, 0)
-        forward = try_compile(model, lambda compiled: autocast(compiled)(x).sum().backward())
+        forward = try_compile(model, "block", lambda it: autocast(it)(x).sum().backward())
     run["compiled"] = forward is not model
     print(f"{run['parameters']:,} parameters, {device}, {run['precision']}, "
           f"{len(train_data):,} characters of {path}{', compiled' * run['compiled']}", file=LOG)
@@ -420,31 +434,37 @@ def sample_next(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     """One id for each row of logits (B, V), int64 (B, 1) on the CPU. Temperature 0 takes the
     likeliest. top_k 0 and top_p 1 keep all characters (top-p: Holtzman et al., 2020)."""
     logits = logits.cpu().double()  # in 64 bits, so that any temperature and top_p has an effect
-    check(logits.amax(-1).isfinite().all(), "the model gives no numbers: its checkpoint is damaged")
+    highest, likeliest = logits.max(-1, keepdim=True)
+    check(highest.isfinite().all(), "the model gives no numbers: its checkpoint is damaged")
     if temperature == 0:
-        return logits.argmax(-1, keepdim=True)
-    probs = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)
+        return likeliest
+    probs = ((logits - highest) / temperature).softmax(-1)
     probs, ids = probs.topk(min(top_k or len(probs[0]), len(probs[0])))
-    keep = probs.cumsum(-1) - probs < top_p  # those before it don't reach top_p yet
-    return ids.gather(-1, torch.multinomial(probs * keep, 1, generator=generator))
+    before = probs.cumsum(-1) - probs  # share of the likelier ones; it must not reach top_p
+    total = (probs * (before < top_p)).sum(-1, keepdim=True)
+    point = torch.rand(total.shape, dtype=total.dtype, generator=generator) * total
+    return ids.gather(-1, (before <= point).sum(-1, keepdim=True) - 1)
 
 @torch.inference_mode()
 def generate(model, idx, max_new_tokens, temperature=1, top_k=0, top_p=1, seed=1, compile=False):
     """Go on from idx (B, T), character by character: yields max_new_tokens ids (B, 1). When the
-    window is full, or the prompt longer, the model reads the last half window again."""
+    window is full, or the prompt longer, the model reads the last half window again. Its weights
+    are rounded to bfloat16."""
     check(temperature >= 0 and top_k >= 0 and 0 < top_p <= 1 and abs(seed) < 2**63, "temperature "
           "and top_k must be at least 0, top_p above 0 and at most 1, seed a number of 64 bits")
     block_size, device, seen = model.config.block_size, model.head.device, idx.cpu()
     generator, cache = torch.Generator().manual_seed(seed), KVCache(model.config, len(idx), device)
-    trial = idx[:, :1].to(device), copy.copy(cache)  # what this writes, the first reading replaces
-    fast = try_compile(model, lambda it: it(*trial)) if compile else model  # for single characters
+    half = copy.deepcopy(model).bfloat16()  # compiled, the time is that of reading weights
+    model = fast = copy.deepcopy(half).float()  # the same numbers, for all else
+    if compile:
+        trial = idx[:, :1].to(device), copy.copy(cache)  # the first reading replaces what it writes
+        fast = try_compile(half if len(idx) == 1 else model, "layers", lambda it: it(*trial))
     for _ in range(max_new_tokens):
         if cache.length + idx.size(1) > block_size:
-            cache = KVCache(model.config, len(idx), device)
-            idx = seen[:, -max(1, block_size // 2):]
+            cache.length, idx = 0, seen[:, -max(1, block_size // 2):]
         logits = (fast if idx.size(1) == 1 else model)(idx.to(device), cache)[:, -1]  # (B, V)
         idx = sample_next(logits, temperature, top_k, top_p, generator)
-        seen = torch.cat((seen, idx), dim=1)
+        seen = torch.cat((seen, idx), dim=1)[:, -block_size:]
         yield idx
 
 # ---- command line --------------------------------------------------------------------------------
@@ -490,7 +510,7 @@ def main(argv=None):
             check(given[name] != [], f"--{name} needs a value")  # argparse takes --seed=-- for []
         check(not {"minutes", "max_iters"} <= set(given), "give --minutes or --max_iters, not both")
         args = argparse.Namespace(**{name: flag[1] for name, flag in FLAGS.items()} | given)
-        device, _ = pick_device(args.device)
+        device, _ = pick_device(args.device, "float32")  # train measures
         if command == "train":
             for number in (signal.SIGINT, signal.SIGTERM):  # finish the step, save, and stop
                 signal.signal(number, lambda number, frame: caught.append(number) if not caught
@@ -514,7 +534,7 @@ def main(argv=None):
             args.prompt = Path(args.prompt_file).read_text("utf-8-sig", "replace")
         sys.stdout.reconfigure(encoding="utf-8")
         idx = tokenizer.encode(args.prompt).long()[None]
-        compile = {"on": True, "off": False}.get(args.compile, args.max_new_tokens >= 5000)
+        compile = {"on": True, "off": False}.get(args.compile, args.max_new_tokens >= 10_000)
         for i in range(args.num_samples):
             text = args.prompt if i == 0 else f"\n---\n{args.prompt}"
             for token in generate(model, idx, args.max_new_tokens, args.temperature, args.top_k,

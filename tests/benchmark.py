@@ -88,7 +88,7 @@ def training_step(engine, config, device, dtype, x, compiled):
     autocast = torch.autocast(device.type, dtype, enabled=dtype is not torch.float32)
     forward = torch.compile(model) if compiled else model
     if engine == "gpt.py":
-        forward = gpt.try_compile(model, lambda fast: autocast(fast)(x).sum().backward())
+        forward = gpt.try_compile(model, "block", lambda fast: autocast(fast)(x).sum().backward())
         model.zero_grad()
     found = {"precision": str(dtype)[6:], "compiled": forward is not model,
              "optimizer": " and ".join(type(optimizer).__name__ for optimizer in optimizers)}

@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pytest
@@ -22,9 +23,17 @@ def test_single_characters_as_compiled_give_the_same_logits(model, idx, monkeypa
     """The lines that only a compiled model takes, without the compiler."""
     expected = in_chunks(model, idx, 1)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    sums = [in_chunks(model, part, 1) for part in idx.split(1)]
-    assert torch.allclose(torch.cat(sums), expected, atol=1e-5)
-    assert not torch.equal(torch.cat(sums), expected)  # other lines, other rounding
+    sums = torch.cat([in_chunks(model, part, 1) for part in idx.split(1)])
+    assert torch.allclose(sums, expected, atol=1e-5)
+    assert not torch.equal(sums, expected)  # other lines, other rounding
+
+
+@pytest.mark.parametrize("compiling", [False, True])
+def test_weights_in_bfloat16_count_as_their_values_in_float32(model, idx, monkeypatch, compiling):
+    half = copy.deepcopy(model).bfloat16()
+    expected = in_chunks(copy.deepcopy(half).float(), idx[:1], 1)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    assert torch.allclose(in_chunks(half, idx[:1], 1), expected, atol=1e-5)
 
 
 def test_compiled_text_is_the_uncompiled_also_past_the_window(model):
@@ -36,7 +45,9 @@ def test_compiled_text_is_the_uncompiled_also_past_the_window(model):
 
 @pytest.mark.parametrize("length", [1, 5, 16, 17, 40])
 def test_greedy_text_is_the_uncached_also_past_the_window(model, length):
-    """Past block_size the rule is: read the last half window again, and go on from there."""
+    """Past block_size the rule is: read the last half window again, and go on from there. The
+    weights are rounded; the model that was given keeps its own."""
+    given, model = model, copy.deepcopy(model).bfloat16().float()
     prompt = torch.randint(65, (1, length), generator=torch.Generator().manual_seed(length))
     seen, start = prompt, 0 if length <= 16 else length - 8
     with torch.no_grad():
@@ -44,8 +55,15 @@ def test_greedy_text_is_the_uncached_also_past_the_window(model, length):
             if seen.size(1) - start > 16:
                 start = seen.size(1) - 8
             seen = torch.cat((seen, model(seen[:, start:])[:, -1:].argmax(-1)), dim=1)
-    fast = torch.cat([prompt, *gpt.generate(model, prompt, 60, temperature=0)], dim=1)
+    fast = torch.cat([prompt, *gpt.generate(given, prompt, 60, temperature=0)], dim=1)
     assert torch.equal(fast, seen)
+
+
+def test_text_is_that_of_weights_rounded_to_bfloat16(model):
+    """So many draws that other weights would change one of them."""
+    rounded, prompt = copy.deepcopy(model).bfloat16().float(), torch.zeros(200, 1).long()
+    texts = [torch.cat([*gpt.generate(it, prompt, 40)], dim=1) for it in (model, rounded)]
+    assert torch.equal(*texts)
 
 
 def test_same_seed_same_text(model):

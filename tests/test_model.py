@@ -51,7 +51,8 @@ def test_attention_is_explicit_softmax():
     q, k, v = torch.randn(3, 2, 3, 10, 8)
     scores = (q @ k.mT / math.sqrt(8)).masked_fill(torch.ones(10, 10).triu(1) > 0, -math.inf)
     expected = scores.softmax(-1) @ v
-    mask, offset = gpt.positions(0, 10, 10, 8)[-1], gpt.positions(7, 3, 10, 8)[-1]
+    mask = gpt.positions(torch.arange(10), 10, 8)[-1]
+    offset = gpt.positions(torch.arange(7, 10), 10, 8)[-1]
     with torch.no_grad():
         fused = gpt.attention(q, k, v, mask)
         last = gpt.attention(q[:, :, 7:], k, v, offset)
@@ -62,7 +63,7 @@ def test_attention_is_explicit_softmax():
 
 def test_attention_on_both_paths_has_the_same_gradient():
     q, k, v = (torch.randn(1, 2, 6, 4, requires_grad=True) for _ in range(3))
-    mask = gpt.positions(0, 6, 6, 4)[-1]
+    mask = gpt.positions(torch.arange(6), 6, 4)[-1]
     explicit = torch.autograd.grad(gpt.attention(q, k, v, mask).square().sum(), (q, k, v))
     fused = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     reference = torch.autograd.grad(fused.square().sum(), (q, k, v))
@@ -72,7 +73,8 @@ def test_attention_on_both_paths_has_the_same_gradient():
 
 def test_rotary_depends_on_distance_only():
     q, k = torch.randn(2, 1, 1, 20, 8)
-    start, later, much_later = (gpt.positions(t, 20, 20, 8)[1:3] for t in (0, 1, 100))
+    start, later, much_later = (gpt.positions(torch.arange(t, t + 20), 20, 8)[:2]
+                                for t in (0, 1, 100))
     near = gpt.rotary(q, *start) @ gpt.rotary(k, *start).mT
     far = gpt.rotary(q, *much_later) @ gpt.rotary(k, *much_later).mT
     assert torch.allclose(near, far, atol=1e-4)
@@ -80,7 +82,7 @@ def test_rotary_depends_on_distance_only():
 
 
 def test_rotary_continues_where_it_starts():
-    whole, rest = gpt.positions(0, 20, 20, 8), gpt.positions(7, 13, 20, 8)
+    whole, rest = (gpt.positions(torch.arange(t, 20), 20, 8) for t in (0, 7))
     assert all(torch.equal(a[7:], b) for a, b in zip(whole, rest))
 
 

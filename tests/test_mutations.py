@@ -16,6 +16,8 @@ BATCH = "test_data.py::test_batch_is_fixed_by_step_and_seed_and_shifted_by_one"
 SPLIT = "test_data.py::test_split_is_disjoint_and_complete"
 CACHE = "test_generate.py::test_cached_logits_are_the_uncached"
 ONE_ROW = "test_generate.py::test_single_characters_as_compiled_give_the_same_logits"
+ROUNDED = "test_generate.py::test_text_is_that_of_weights_rounded_to_bfloat16"
+HALF = "test_generate.py::test_weights_in_bfloat16_count_as_their_values_in_float32"
 WINDOW = "test_generate.py::test_greedy_text_is_the_uncached_also_past_the_window"
 FILTERS = "test_generate.py::test_filters_exclude_what_they_should"
 WARMTH = "test_generate.py::test_temperature_shapes_the_distribution"
@@ -35,7 +37,7 @@ FAULTS = {
     "no mask while training": ("(q @ k.mT + mask)", "(q @ k.mT)", EXPLICIT),
     "no mask while generating": ("is_causal=T == S", "is_causal=False", CAUSAL),
     "no mask for a single query, compiled": ("sum(-1) + mask)", "sum(-1))", ONE_ROW),
-    "mask off by one": ("triu(start + 1)", "triu(start + 2)", EXPLICIT),
+    "mask off by one": ("> place[:, None]", "> place[:, None] + 1", EXPLICIT),
     "no 1 / sqrt(D)": (" / math.sqrt(q.size(-1))", "", EXPLICIT),
     "softmax over the queries": ("mask).softmax(-1).to", "mask).softmax(-2).to", EXPLICIT),
     "rotary angles of the keys shifted by one":
@@ -46,11 +48,12 @@ FAULTS = {
     "no QK norm for the queries": ("rotary(norm(q), cos, sin)", "rotary(q, cos, sin)", FORMULA),
     "ReLU without its square": (".square()  # (B, T, 4C)", "  # (B, T, 4C)", FORMULA),
     "earlier characters forgotten by the cache":
-        ("idx[:, 1 - len(self.embedding):]", "idx[:, :0]", CACHE),
-    "cache position off by one": ("= start + T, idx", "= start + T - 1, idx", CACHE),
+        ("+ len(place), idx[:, -2:]", "+ len(place), cache.recent", CACHE),
+    "cache position off by one": ("+ len(place), idx", "+ len(place) - 1, idx", CACHE),
     "cache not emptied when the window is full":
-        ("            cache = KVCache(model.config, len(idx), device)\n",
-         "            cache.length = 0\n", WINDOW),
+        ("cache.length, idx = 0,", "cache.length, idx = 1,", WINDOW),
+    "weights not rounded to write": ("half).float()", "model)", ROUNDED),
+    "embedding added up in bfloat16": ("table).float()", "table)", HALF),
     "targets not shifted": ("window[:, 1:]", "window[:, :-1]", BATCH),
     "validation text in training": ("return tokenizer, ids[:cut]", "return tokenizer, ids", SPLIT),
     "the last window not evaluated":
@@ -62,7 +65,7 @@ FAULTS = {
     "decay coupled with the gradient":
         ("p.grad.lerp(average, momentum))", "p.grad.lerp(average, momentum) + p)", MUON),
     "no Nesterov": ("(p.grad.lerp(average, momentum))", "(average)", MUON),
-    "top-p keeps one too few": (".cumsum(-1) - probs < top_p", ".cumsum(-1) < top_p", FILTERS),
+    "top-p keeps one too few": ("(before < top_p)", "(before + probs < top_p)", FILTERS),
     "top-k keeps one too many": ("top_k or len(probs[0])", "top_k + 1 or len(probs[0])", FILTERS),
     "temperature ignored": (") / temperature", ")", WARMTH),
     "every step the same batch": ("block_size // cut, step,", "block_size // cut, 0,", DRAWS),
