@@ -454,11 +454,11 @@ def generate(model, idx, max_new_tokens, temperature=1, top_k=0, top_p=1, seed=1
           "and top_k must be at least 0, top_p above 0 and at most 1, seed a number of 64 bits")
     block_size, device, seen = model.config.block_size, model.head.device, idx.cpu()
     generator, cache = torch.Generator().manual_seed(seed), KVCache(model.config, len(idx), device)
-    half = copy.deepcopy(model).bfloat16()  # compiled, the time is that of reading weights
-    model = fast = copy.deepcopy(half).float()  # the same numbers, for all else
-    if compile:
+    model = fast = copy.deepcopy(model).bfloat16().float()
+    if compile:  # one text alone takes the time of reading the weights: half the bits, half of it
+        fast = copy.deepcopy(model).bfloat16() if len(idx) == 1 else model
         trial = idx[:, :1].to(device), copy.copy(cache)  # the first reading replaces what it writes
-        fast = try_compile(half if len(idx) == 1 else model, "layers", lambda it: it(*trial))
+        fast = try_compile(fast, "layers", lambda it: it(*trial))
     for _ in range(max_new_tokens):
         if cache.length + idx.size(1) > block_size:
             cache.length, idx = 0, seen[:, -max(1, block_size // 2):]

@@ -195,7 +195,9 @@ def generate(config, device, dtype, engine, past=1000, stride=8):
     return {"tokens/s within": B / within, "tokens/s past": B / beyond,
             "ms to first, prompt of 1": 1000 * first[0],
             "ms to first, prompt fills window": 1000 * first[1]} | once, {
-            "timed within and past, per text": counts, "precision": "float32"}
+            "timed within and past, per text": counts, "precision": "float32",
+            "weights": ("float32" if engine in ("nanoGPT", "gpt.py, uncached") else
+                        "rounded to bfloat16")}
 
 
 def start(config, device, dtype):
@@ -322,7 +324,8 @@ def device_name(device):
         return torch.cuda.get_device_name()
     about = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.*)", about.read_text() if about.exists() else "")
-    return f"{(names or [platform.processor()])[0]}, {os.cpu_count()} cores"
+    units = " with AMX" if torch.cpu.get_capabilities().get("amx_bf16") else ""
+    return f"{(names or [platform.processor()])[0]}{units}, {os.cpu_count()} cores"
 
 
 def summary(values):

@@ -52,7 +52,7 @@ FAULTS = {
     "cache position off by one": ("+ len(place), idx", "+ len(place) - 1, idx", CACHE),
     "cache not emptied when the window is full":
         ("cache.length, idx = 0,", "cache.length, idx = 1,", WINDOW),
-    "weights not rounded to write": ("half).float()", "model)", ROUNDED),
+    "weights not rounded to write": ("(model).bfloat16().float()", "(model)", ROUNDED),
     "embedding added up in bfloat16": ("table).float()", "table)", HALF),
     "targets not shifted": ("window[:, 1:]", "window[:, :-1]", BATCH),
     "validation text in training": ("return tokenizer, ids[:cut]", "return tokenizer, ids", SPLIT),
