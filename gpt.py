@@ -152,7 +152,7 @@ def rotary(x, cos, sin):
 
 def positions(place, S, D):
     """For positions `place` (T,) and keys at 0 to S - 1: cos and sin of the positions' angles,
-    (T, D / 2), and a mask (T, S) to add to the scores, 0 for the past and -inf for the future."""
+    (T, D / 2), and a mask (T, S) to add to the scores, 0 up to the position itself, then -inf."""
     angles = torch.outer(place, 10000.0 ** (-torch.arange(0, D, 2, device=place.device) / D))
     future = torch.arange(S, device=place.device) > place[:, None]
     return angles.cos(), angles.sin(), torch.where(future, -math.inf, 0.0)
@@ -175,8 +175,7 @@ def linear(x, weight):
     return F.linear(x, weight.to(x.dtype))
 
 class KVCache:
-    """For each layer, keys and values (2, B, H, block_size, D) of `length` ids read, and of these
-    ids the last two."""
+    """Keys and values of `length` ids, (2, B, H, block_size, D) a layer, and the last two ids."""
     def __init__(self, config, batch_size, device):
         shape = 2, batch_size, config.n_head, config.block_size, config.n_embd // config.n_head
         self.kv = [torch.zeros(shape, device=device) for _ in range(config.n_layer)]
@@ -209,7 +208,7 @@ class GPT(nn.Module):
         return x + F.dropout1d(linear(y, down).mT, p).mT
 
     def layers(self, idx, place, S, kv):
-        """Logits for all but the first two of idx (B, 2 + T), at positions `place` (T,) of S."""
+        """Logits for idx (B, 2 + T) without its first two, at positions `place` (T,) of S."""
         D = self.config.n_embd // self.config.n_head
         shifts = (F.embedding(idx[:, 2 - i:idx.size(1) - i], table).float() * (place >= i)[:, None]
                   for i, table in enumerate(self.embedding))
@@ -219,7 +218,7 @@ class GPT(nn.Module):
         return linear(norm(x), self.head)  # (B, T, V)
 
     def forward(self, idx, cache=None):
-        """Logits for ids that go on from what `cache`, if there is one, has read."""
+        """Logits for ids that go on from what `cache`, if there is one, has read. It keeps them."""
         place = torch.arange(idx.size(1), device=idx.device)
         if cache is None:
             return self.layers(F.pad(idx, (2, 0)), place, len(place), [None] * self.config.n_layer)
@@ -280,7 +279,7 @@ def product_time(dtype):
     return min(timeit.repeat(lambda: x @ x, number=1, repeat=5))
 
 def pick_device(device="auto", dtype="auto"):
-    """torch.device, and the number format of its matrix products: the fastest that it has."""
+    """torch.device, and the number format to multiply in: on a CPU, the one that is faster."""
     there = [name for name in ("cuda", "mps", "cpu") if getattr(torch, name).is_available()]
     device = there[0] if device == "auto" else device
     check(device in there, f"there is no {device} here: use --device auto or --device cpu")
@@ -303,8 +302,7 @@ def load(path, device):
         raise UserError(f"{path} is missing or no checkpoint of gpt.py ({type(error).__name__})")
 
 def try_compile(model, part, trial):
-    """The model with its method `part` compiled, or, with a notice, the model as it is, if the
-    function `trial` fails with that."""
+    """The model with its method `part` compiled; None, with a notice, if `trial` of it fails."""
     compiled = copy.copy(model)  # with the same weights
     try:
         setattr(compiled, part, torch.compile(getattr(model, part), dynamic=False))
@@ -312,7 +310,7 @@ def try_compile(model, part, trial):
         return compiled
     except Exception as error:  # no C++ compiler, no Triton, an old GPU: each has its own type
         print(f"torch.compile fails here ({type(error).__name__}): going on without", file=LOG)
-        return model
+        return None
 
 def train(config, data="", out_dir=OUT_DIR, resume=False, device="auto", dtype="auto",
           compile="auto", teachers="", caught=()):
@@ -365,7 +363,7 @@ def train(config, data="", out_dir=OUT_DIR, resume=False, device="auto", dtype="
     autocast = torch.autocast(device.type, dtype, enabled=dtype is not torch.float32)
     if compile == "on" or compile == "auto" and (config.minutes or config.max_iters / 200) > 1:
         x, _ = get_batch(train_data, config.batch_size // world // parts, config.block_size, 0)
-        forward = try_compile(model, "block", lambda it: autocast(it)(x).sum().backward())
+        forward = try_compile(model, "block", lambda it: autocast(it)(x).sum().backward()) or model
     run["compiled"] = forward is not model
     print(f"{run['parameters']:,} parameters, {device}, {run['precision']}, "
           f"{len(train_data):,} characters of {path}{', compiled' * run['compiled']}", file=LOG)
@@ -440,25 +438,25 @@ def sample_next(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
         return likeliest
     probs = ((logits - highest) / temperature).softmax(-1)
     probs, ids = probs.topk(min(top_k or len(probs[0]), len(probs[0])))
-    before = probs.cumsum(-1) - probs  # share of the likelier ones; it must not reach top_p
-    total = (probs * (before < top_p)).sum(-1, keepdim=True)
-    point = torch.rand(total.shape, dtype=total.dtype, generator=generator) * total
-    return ids.gather(-1, (before <= point).sum(-1, keepdim=True) - 1)
+    ends = (probs * (probs.cumsum(-1) - probs < top_p)).cumsum(-1)  # those before don't reach it
+    point = torch.rand(len(ends), 1, dtype=ends.dtype, generator=generator) * ends[:, -1:]
+    return ids.gather(-1, (ends <= point).sum(-1, keepdim=True))
 
 @torch.inference_mode()
 def generate(model, idx, max_new_tokens, temperature=1, top_k=0, top_p=1, seed=1, compile=False):
     """Go on from idx (B, T), character by character: yields max_new_tokens ids (B, 1). When the
-    window is full, or the prompt longer, the model reads the last half window again. Its weights
-    are rounded to bfloat16."""
+    window is full, or the prompt longer, the model reads the last half window again. Works on a
+    copy with weights rounded to bfloat16."""
     check(temperature >= 0 and top_k >= 0 and 0 < top_p <= 1 and abs(seed) < 2**63, "temperature "
           "and top_k must be at least 0, top_p above 0 and at most 1, seed a number of 64 bits")
     block_size, device, seen = model.config.block_size, model.head.device, idx.cpu()
     generator, cache = torch.Generator().manual_seed(seed), KVCache(model.config, len(idx), device)
     model = fast = copy.deepcopy(model).bfloat16().float()
-    if compile:  # one text alone takes the time of reading the weights: half the bits, half of it
-        fast = copy.deepcopy(model).bfloat16() if len(idx) == 1 else model
+    if compile:  # for one text, most of the time goes into reading weights: so keep 16 bits of each
+        single = len(idx) == 1 and device.type == "cpu"
         trial = idx[:, :1].to(device), copy.copy(cache)  # the first reading replaces what it writes
-        fast = try_compile(fast, "layers", lambda it: it(*trial))
+        fast = try_compile(copy.deepcopy(model).bfloat16() if single else model, "layers",
+                           lambda it: it(*trial)) or model
     for _ in range(max_new_tokens):
         if cache.length + idx.size(1) > block_size:
             cache.length, idx = 0, seen[:, -max(1, block_size // 2):]
@@ -518,8 +516,9 @@ def main(argv=None):
             base = preset(device.type, args.minutes)
             if args.resume:
                 _, _, saved = load(Path(args.out_dir, "last.pt"), "cpu")
-                told = "data", "teachers"
-                base, given = saved["config"], {k: saved.get(k, "") for k in told} | given
+                told = {"data": saved["data"], "teachers": saved.get("teachers", "")}
+                told |= {"dtype": saved["precision"]} if saved["device"] == str(device) else {}
+                base, given = saved["config"], told | given
             chosen = {f.name: given.pop(f.name) for f in fields(Config) if f.name in given}
             train(Config(**base | chosen), **given, caught=caught)
             return 128 + caught[0] if caught else 0

@@ -89,6 +89,7 @@ def training_step(engine, config, device, dtype, x, compiled):
     forward = torch.compile(model) if compiled else model
     if engine == "gpt.py":
         forward = gpt.try_compile(model, "block", lambda fast: autocast(fast)(x).sum().backward())
+        forward = forward or model
         model.zero_grad()
     found = {"precision": str(dtype)[6:], "compiled": forward is not model,
              "optimizer": " and ".join(type(optimizer).__name__ for optimizer in optimizers)}
@@ -124,8 +125,12 @@ def machine(config, device, dtype):
         times = [seconds_of(lambda w: F.linear(x, w), [weights], device) for _ in range(20)]
         return 2 * n * k * m / min(times) / 1e9
 
+    kinds = dict.fromkeys((torch.float32, dtype))
+    plain, short = map(gpt.product_time, (torch.float32, torch.bfloat16))
+    if device.type == "cpu" and short < 4 * plain:  # also where slower, unless only emulated
+        kinds[torch.bfloat16] = None
     return {f"GFLOP/s {str(kind)[6:]}, {name}": max(speed(kind, *size) for size in sizes[name])
-            for kind in dict.fromkeys((torch.float32, dtype)) for name in sizes}, sizes
+            for kind in kinds for name in sizes}, sizes
 
 
 def train(config, device, dtype, engine, seconds, compiled=False):

@@ -65,7 +65,7 @@ FAULTS = {
     "decay coupled with the gradient":
         ("p.grad.lerp(average, momentum))", "p.grad.lerp(average, momentum) + p)", MUON),
     "no Nesterov": ("(p.grad.lerp(average, momentum))", "(average)", MUON),
-    "top-p keeps one too few": ("(before < top_p)", "(before + probs < top_p)", FILTERS),
+    "top-p keeps one too few": (".cumsum(-1) - probs < top_p", ".cumsum(-1) < top_p", FILTERS),
     "top-k keeps one too many": ("top_k or len(probs[0])", "top_k + 1 or len(probs[0])", FILTERS),
     "temperature ignored": (") / temperature", ")", WARMTH),
     "every step the same batch": ("block_size // cut, step,", "block_size // cut, 0,", DRAWS),
