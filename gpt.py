@@ -516,8 +516,9 @@ def main(argv=None):
             base = preset(device.type, args.minutes)
             if args.resume:
                 _, _, saved = load(Path(args.out_dir, "last.pt"), "cpu")
-                told = {"data": saved["data"], "teachers": saved.get("teachers", "")}
-                told |= {"dtype": saved["precision"]} if saved["device"] == str(device) else {}
+                told = {key: saved.get(key, "") for key in ("data", "teachers")}
+                if saved.get("device") == str(device):  # elsewhere, another format may be right
+                    told["dtype"] = saved["precision"]
                 base, given = saved["config"], told | given
             chosen = {f.name: given.pop(f.name) for f in fields(Config) if f.name in given}
             train(Config(**base | chosen), **given, caught=caught)
