@@ -93,6 +93,20 @@ def test_filters_exclude_what_they_should(dials, expected):
     assert drawn(**dials) == expected
 
 
+@pytest.mark.parametrize("point", [0.0, 1 - 2**-53])
+def test_the_ends_of_the_unit_interval_draw_what_is_kept(monkeypatch, point):
+    """The least and the largest number that torch.rand can return: the likeliest id, and a kept
+    one, also where rounding makes the shares add up to a little more or less than 1."""
+    monkeypatch.setattr(torch, "rand", lambda *shape, dtype, generator: torch.full(
+        shape, point, dtype=dtype))
+    assert drawn(top_p=0.65) == {1 if point else 0}
+    logits = 9 * torch.randn(5000, 65, generator=torch.Generator().manual_seed(1))
+    places = logits.argsort(-1, descending=True).argsort(-1)
+    for dials, most in (({}, 64), (dict(top_k=7), 6), (dict(top_p=1e-300), 0)):
+        found = places.gather(-1, gpt.sample_next(logits, 0.01, **dials))
+        assert found.max() <= most if point else found.max() == 0
+
+
 def test_temperature_shapes_the_distribution():
     draws = gpt.sample_next(LOGITS, 0.5, generator=torch.Generator().manual_seed(0))
     expected = torch.tensor([16, 9, 4, 1]) / 30
