@@ -274,19 +274,22 @@ def evaluate(model, data, block_size):
     return loss / (len(data) - 1)
 
 def product_time(dtype):
-    """Least seconds of five products of small matrices in a number format, on the CPU."""
-    x = torch.ones(256, 256, dtype=dtype)
-    return min(timeit.repeat(lambda: x @ x, number=1, repeat=5))
+    """Least seconds of a product of small matrices in one thread, which others disturb little."""
+    x, threads = torch.ones(256, 256, dtype=dtype), torch.get_num_threads()
+    torch.set_num_threads(1)
+    seconds = min(timeit.repeat(lambda: x @ x, number=1, repeat=50))
+    torch.set_num_threads(threads)
+    return seconds
 
 def pick_device(device="auto", dtype="auto"):
     """torch.device, and the number format to multiply in: on a CPU, the one that is faster."""
     there = [name for name in ("cuda", "mps", "cpu") if getattr(torch, name).is_available()]
     device = there[0] if device == "auto" else device
     check(device in there, f"there is no {device} here: use --device auto or --device cpu")
-    best = torch.float32
+    chip, best = torch.cpu.get_capabilities(), torch.float32
     if device == "cuda":  # torch.cuda.is_bf16_supported() says yes on a T4, which only emulates it
         best = torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
-    elif device == "cpu" and dtype == "auto":  # a chip may know bfloat16 and be slower with it
+    elif device == "cpu" and dtype == "auto" and chip.get("avx512_bf16"):  # may still be slower
         best = min(torch.float32, torch.bfloat16, key=product_time)
     return torch.device(device), best if dtype == "auto" else getattr(torch, dtype)
 
@@ -297,6 +300,7 @@ def load(path, device):
         with torch.device("meta"):  # shapes must agree before memory is taken
             model = GPT(Config(**saved["config"]))
         model.load_state_dict(saved["model"], assign=True)
+        check(len(set(saved["chars"])) == model.config.vocab_size, "not one character for each id")
         return model.eval(), CharTokenizer(saved["chars"]), saved
     except Exception as error:
         raise UserError(f"{path} is missing or no checkpoint of gpt.py ({type(error).__name__})")
@@ -310,7 +314,6 @@ def try_compile(model, part, trial):
         return compiled
     except Exception as error:  # no C++ compiler, no Triton, an old GPU: each has its own type
         print(f"torch.compile fails here ({type(error).__name__}): going on without", file=LOG)
-        return None
 
 def train(config, data="", out_dir=OUT_DIR, resume=False, device="auto", dtype="auto",
           compile="auto", teachers="", caught=()):

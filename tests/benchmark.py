@@ -126,9 +126,8 @@ def machine(config, device, dtype):
         return 2 * n * k * m / min(times) / 1e9
 
     kinds = dict.fromkeys((torch.float32, dtype))
-    plain, short = map(gpt.product_time, (torch.float32, torch.bfloat16))
-    if device.type == "cpu" and short < 4 * plain:  # also where slower, unless only emulated
-        kinds[torch.bfloat16] = None
+    if device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16"):
+        kinds[torch.bfloat16] = None  # also where it is slower, unless it is only emulated
     return {f"GFLOP/s {str(kind)[6:]}, {name}": max(speed(kind, *size) for size in sizes[name])
             for kind in kinds for name in sizes}, sizes
 

@@ -143,6 +143,15 @@ def test_a_checkpoint_that_asks_for_absurd_memory_is_refused(tmp_path, train):
         gpt.load(tmp_path / "huge.pt", "cpu")
 
 
+def test_a_checkpoint_with_fewer_characters_than_ids_is_refused(tmp_path, train):
+    _, out_dir = train("run")
+    saved = torch.load(out_dir / "best.pt", weights_only=True)
+    saved["chars"] = saved["chars"][:-1] + saved["chars"][0]
+    torch.save(saved, tmp_path / "twice.pt")
+    with pytest.raises(gpt.UserError, match="no checkpoint"):
+        gpt.load(tmp_path / "twice.pt", "cpu")
+
+
 def test_resume_refuses_another_text_or_shape(train, text_file):
     train("run")
     with pytest.raises(gpt.UserError, match="another n_layer"):

@@ -219,8 +219,11 @@ def test_precision_by_capability(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda found=capability: found)
         assert gpt.pick_device("cuda") == (torch.device("cuda"), expected)
     for fast, slow in itertools.permutations((torch.float32, torch.bfloat16)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
         monkeypatch.setattr(gpt, "product_time", {fast: 1.0, slow: 2.0}.get)
         assert gpt.pick_device("cpu") == (torch.device("cpu"), fast)
+        monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+        assert gpt.pick_device("cpu") == (torch.device("cpu"), torch.float32)
 
 
 def test_two_processes_train_like_one(tmp_path, text_file):
