@@ -521,7 +521,7 @@ def main(argv=None):
                 _, _, saved = load(Path(args.out_dir, "last.pt"), "cpu")
                 told = {key: saved.get(key, "") for key in ("data", "teachers")}
                 if saved.get("device") == str(device):  # elsewhere, another format may be right
-                    told["dtype"] = saved["precision"]
+                    told["dtype"] = saved.get("precision", "auto")
                 base, given = saved["config"], told | given
             chosen = {f.name: given.pop(f.name) for f in fields(Config) if f.name in given}
             train(Config(**base | chosen), **given, caught=caught)

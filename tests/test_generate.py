@@ -43,6 +43,17 @@ def test_compiled_text_is_the_uncompiled_also_past_the_window(model):
     assert torch.equal(*texts)
 
 
+def test_text_without_a_compiler_is_that_of_the_plain_model(model, monkeypatch):
+    """Not of the copy in bfloat16 that was to be compiled, which would write the same slowly."""
+    used, forward = set(), gpt.GPT.forward
+    monkeypatch.setattr(gpt.torch, "compile", None)
+    monkeypatch.setattr(gpt.GPT, "forward", lambda it, *args: used.add(it.head.dtype) or
+                        forward(it, *args))
+    plain, other = ([*gpt.generate(model, torch.zeros(1, 1).long(), 20, compile=compiled)]
+                    for compiled in (False, True))
+    assert plain == other and used == {torch.float32}
+
+
 @pytest.mark.parametrize("length", [1, 5, 16, 17, 40])
 def test_greedy_text_is_the_uncached_also_past_the_window(model, length):
     """Past block_size the rule is: read the last half window again, and go on from there. The
