@@ -397,14 +397,17 @@ def main():
         return 0
     jobs, values, failed = {} if args.table else plan(args, device), {}, 0
     shared = {"threads": torch.get_num_threads(), "torch": torch.__version__,
+              "compiler cache": "empty",
               "date": time.strftime("%Y-%m-%d")}
     for turn in range(args.repeats):
         seed = args.seeds[turn % len(args.seeds)]
         for name, (kind, config, options) in jobs.items():
             print(f"{time.strftime('%H:%M:%S')} {turn + 1}: {name}", file=sys.stderr)
             job = json.dumps([kind, asdict(replace(config, seed=seed)), options, args.peer])
-            done = subprocess.run([sys.executable, Path(__file__).resolve(), "--worker", job],
-                                  cwd=ROOT, stdout=subprocess.PIPE, text=True)
+            with tempfile.TemporaryDirectory() as cache:  # compile anew, as a first run has to
+                done = subprocess.run([sys.executable, Path(__file__).resolve(), "--worker", job],
+                                      cwd=ROOT, stdout=subprocess.PIPE, text=True,
+                                      env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache})
             if done.returncode:
                 print(f"failed: {name}", file=sys.stderr)
                 failed += 1
