@@ -67,15 +67,15 @@ PRESETS = {  # where they differ from the defaults
     "cpu": dict(n_layer=5, n_head=2, n_embd=128, batch_size=8, adamw_learning_rate=0.005,
                 decay_fraction=0.8, short_fraction=0.8, weight_decay=0.1, adamw_weight_decay=0.0,
                 dropout=0.0),
-    "cpu, 7 minutes or more": dict(n_head=3, n_embd=192, block_size=512, batch_size=8,
-                                   short_fraction=0.8, dropout=0.05),
+    "cpu, 15 minutes or more": dict(n_head=3, n_embd=192, block_size=512, batch_size=8,
+                                    short_fraction=0.8, dropout=0.05),
     "cpu, 30 minutes or more": dict(n_head=4, n_embd=256, block_size=512, batch_size=8,
                                     short_fraction=0.8, adamw_weight_decay=2.0, dropout=0.1)}
 
 def preset(device, minutes=0.0):
     """The preset for a device ("cpu", "cuda", "mps") and a time budget."""
-    least = 30 if minutes >= 30 else 7
-    return PRESETS.get(device + f", {least} minutes or more" * (minutes >= 7), {})
+    least = 30 if minutes >= 30 else 15
+    return PRESETS.get(device + f", {least} minutes or more" * (minutes >= 15), {})
 
 # ---- data ----------------------------------------------------------------------------------------
 OUT_DIR = "outputs/runs/shakespeare"

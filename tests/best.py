@@ -22,7 +22,7 @@ ON_CPU = DEVICE.type == "cpu"
 KINDS = "teacher", "student", "untaught"
 TEACHERS, STUDENTS, UNTAUGHT = ([kind + seed for seed in "12"] for kind in KINDS)
 LONGER = {} if ON_CPU else dict(block_size=512, batch_size=32)  # windows as in the CPU's presets
-PLANS = {"teacher": gpt.preset(DEVICE.type, 7) | LONGER | dict(max_iters=2200),
+PLANS = {"teacher": gpt.preset(DEVICE.type, 15) | LONGER | dict(max_iters=2200),
          "student": gpt.preset(DEVICE.type, 30) | LONGER | dict(max_iters=2600)}
 PLANS["untaught"] = PLANS["student"]
 
