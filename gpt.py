@@ -138,7 +138,8 @@ def get_batch(data, batch_size, block_size, step, seed=0):
     place = (step * (5**0.5 - 1) / 2 + seed * 2**0.5) % 1  # in each part, 0 to 1
     part = torch.arange(batch_size, dtype=torch.double)[:, None]
     start = ((part + place) / batch_size * (len(data) - block_size)).long()  # (B, 1)
-    window = data[(start + torch.arange(block_size + 1)).to(data.device)].long()  # (B, T + 1)
+    places = (start + torch.arange(block_size + 1)).to(data.device, non_blocking=True)
+    window = data[places].long()  # (B, T + 1)
     return window[:, :-1], window[:, 1:]
 
 # ---- model ---------------------------------------------------------------------------------------
@@ -180,7 +181,8 @@ class KVCache:
     def __init__(self, config, batch_size, device):
         shape = 2, batch_size, config.n_head, config.block_size, config.n_embd // config.n_head
         self.kv = [torch.zeros(shape, device=device) for _ in range(config.n_layer)]
-        self.length, self.recent = 0, torch.zeros(batch_size, 2, dtype=torch.long, device=device)
+        self.length = torch.zeros((), dtype=torch.long, device=device)
+        self.recent = torch.zeros(batch_size, 2, dtype=torch.long, device=device)
 
 class GPT(nn.Module):
     """Transformer from ids (B, T) to logits (B, T, V). Stacks hold one matrix for every layer,
@@ -208,15 +210,19 @@ class GPT(nn.Module):
         y = F.relu(linear(norm(x), up)).square()  # (B, T, 4C), ReLU^2 (So et al., 2021)
         return x + F.dropout1d(linear(y, down).mT, p).mT
 
-    def layers(self, idx, place, S, kv):
-        """Logits for idx (B, 2 + T) without its first two, at positions `place` (T,) of S."""
-        D = self.config.n_embd // self.config.n_head
+    def stream(self, idx, place, shared, kv):
+        """Logits for idx (B, 2 + T) without its first two, given what all layers share."""
         shifts = (F.embedding(idx[:, 2 - i:idx.size(1) - i], table).float() * (place >= i)[:, None]
                   for i, table in enumerate(self.embedding))
-        x, shared = norm(sum(shifts)), positions(place, S, D)  # (B, T, C)
+        x = norm(sum(shifts))  # (B, T, C)
         for layer in zip(self.qkv, self.out, self.up, self.down, kv):
             x = self.block(x, place, *shared, *layer)
         return linear(norm(x), self.head)  # (B, T, V)
+
+    def layers(self, idx, place, S, kv):
+        """Logits for idx (B, 2 + T) without its first two, at positions `place` (T,) of S."""
+        D = self.config.n_embd // self.config.n_head
+        return self.stream(idx, place, positions(place, S, D), kv)
 
     def forward(self, idx, cache=None):
         """Logits for ids that go on from what `cache`, if there is one, has read. It keeps them."""
@@ -224,7 +230,8 @@ class GPT(nn.Module):
         if cache is None:
             return self.layers(F.pad(idx, (2, 0)), place, len(place), [None] * self.config.n_layer)
         place, idx = place + cache.length, torch.cat((cache.recent, idx), dim=1)
-        cache.length, cache.recent = cache.length + len(place), idx[:, -2:]
+        cache.length += len(place)
+        cache.recent.copy_(idx[:, -2:])
         return self.layers(idx, place, self.config.block_size, cache.kv)
 
 # ---- optimizer -----------------------------------------------------------------------------------
@@ -309,8 +316,10 @@ def load(path, device):
 def try_compile(model, part, trial):
     """The model with its method `part` compiled; None, with a notice, if `trial` of it fails."""
     compiled = copy.copy(model)  # with the same weights
+    wide = torch.cpu.get_capabilities().get("avx512_f")  # there GCC 12 gets bfloat16 wrong: NaN
+    options = {"cpp.simdlen": 256 if wide else None, "cpp.vec_isa_ok": True,  # saves seconds
+               "triton.cudagraphs": torch.is_grad_enabled()}  # one launch for all kernels
     try:
-        options = {"cpp.vec_isa_ok": True}  # believe the CPU: compiling tests of it takes seconds
         setattr(compiled, part, torch.compile(getattr(model, part), dynamic=False, options=options))
         trial(compiled)
         return compiled
@@ -368,7 +377,8 @@ def train(config, data="", out_dir=OUT_DIR, resume=False, device="auto", dtype="
     autocast = torch.autocast(device.type, dtype, enabled=dtype is not torch.float32)
     if compile == "on" or compile == "auto" and (config.minutes or config.max_iters / 200) > 1:
         x, _ = get_batch(train_data, config.batch_size // world // parts, config.block_size, 0)
-        forward = try_compile(model, "block", lambda it: autocast(it)(x).sum().backward()) or model
+        part = "stream" if device.type == "cuda" else "block"
+        forward = try_compile(model, part, lambda it: autocast(it)(x).sum().backward()) or model
     run["compiled"] = forward is not model
     print(f"{run['parameters']:,} parameters, {device}, {run['precision']}, "
           f"{len(train_data):,} characters of {path}{', compiled' * run['compiled']}", file=LOG)
@@ -447,6 +457,20 @@ def sample_next(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     point = torch.rand(len(ends), 1, dtype=ends.dtype, generator=generator) * ends[:, -1:]
     return ids.gather(-1, (ends <= point).sum(-1, keepdim=True))
 
+def record(model, idx, cache):
+    """The model's reading of ids of this shape as a CUDA graph: all its kernels in one launch."""
+    model(idx, cache)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits = model(idx, cache)
+
+    def replay(new, _):
+        idx.copy_(new)
+        graph.replay()
+        return logits
+
+    return replay
+
 @torch.inference_mode()
 def generate(model, idx, max_new_tokens, temperature=1, top_k=0, top_p=1, seed=1, compile=False):
     """Go on from idx (B, T), character by character: yields max_new_tokens ids (B, 1). When the
@@ -459,12 +483,15 @@ def generate(model, idx, max_new_tokens, temperature=1, top_k=0, top_p=1, seed=1
     model = fast = copy.deepcopy(model).bfloat16().float()
     if compile:  # for one text, most of the time goes into reading weights: so keep 16 bits of each
         single = len(idx) == 1 and device.type == "cpu"
-        trial = idx[:, :1].to(device), copy.copy(cache)  # the first reading replaces what it writes
+        trial = idx[:, :1].to(device), cache  # what it leaves in the cache is overwritten
         fast = try_compile(copy.deepcopy(model).bfloat16() if single else model, "layers",
                            lambda it: it(*trial)) or model
+        fast = record(fast, *trial) if device.type == "cuda" else fast
+        cache.length.zero_()
     for _ in range(max_new_tokens):
         if cache.length + idx.size(1) > block_size:
-            cache.length, idx = 0, seen[:, -max(1, block_size // 2):]
+            idx = seen[:, -max(1, block_size // 2):]
+            cache.length.zero_()
         logits = (fast if idx.size(1) == 1 else model)(idx.to(device), cache)[:, -1]  # (B, V)
         idx = sample_next(logits, temperature, top_k, top_p, generator)
         seen = torch.cat((seen, idx), dim=1)[:, -block_size:]
