@@ -64,6 +64,9 @@ class Config:
               f"2 * n_head ({2 * self.n_head}), so that every head has an even size")
 
 PRESETS = {  # where they differ from the defaults
+    "gpu": dict(n_head=4, n_embd=256, block_size=512, batch_size=16, max_iters=1300,
+                learning_rate=0.03, weight_decay=0.3, adamw_weight_decay=2.0, dropout=0.1,
+                train_temperature=0.88),
     "cpu": dict(n_layer=5, n_head=2, n_embd=128, batch_size=8, adamw_learning_rate=0.005,
                 decay_fraction=0.8, short_fraction=0.8, weight_decay=0.1, adamw_weight_decay=0.0,
                 dropout=0.0),
@@ -75,7 +78,8 @@ PRESETS = {  # where they differ from the defaults
 def preset(device, minutes=0.0):
     """The preset for a device ("cpu", "cuda", "mps") and a time budget."""
     least = 30 if minutes >= 30 else 15
-    return PRESETS.get(device + f", {least} minutes or more" * (minutes >= 15), {})
+    long = f", {least} minutes or more" * (minutes >= 15)
+    return PRESETS["cpu" + long if device == "cpu" else "gpu"]
 
 # ---- data ----------------------------------------------------------------------------------------
 OUT_DIR = "outputs/runs/shakespeare"
@@ -200,15 +204,17 @@ class GPT(nn.Module):
 
     def block(self, x, place, cos, sin, mask, qkv, out, up, down, kv):
         """One layer: x (B, T, C) after attention and MLP; adds keys and values to a cache's kv."""
-        (B, T, _), H, p = x.shape, self.config.n_head, self.config.dropout * self.training
-        q, k, v = linear(norm(x), qkv).view(B, T, 3, H, -1).permute(2, 0, 3, 1, 4)
-        q, k = rotary(norm(q), cos, sin), rotary(norm(k), cos, sin)  # (B, H, T, D), QK norm
+        (B, T, C), H, p = x.shape, self.config.n_head, self.config.dropout * self.training
+        q, k, v = linear(norm(x), qkv).view(B, T, 3, H, -1).unbind(2)  # (B, T, H, D)
+        q, k = (rotary(norm(side), cos[:, None], sin[:, None]) for side in (q, k))  # QK norm
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
         if kv is not None:
             k, v = kv.index_copy_(3, place, torch.stack((k, v)))  # (B, H, S, D)
         y = attention(q, k, v, mask).transpose(1, 2).reshape(B, T, -1)  # (B, T, C)
-        x = x + F.dropout1d(linear(y, out).mT, p).mT  # one mask for all positions
+        keep = F.dropout(x.new_ones(2, B, 1, C), p)  # one mask for all positions
+        x = x + keep[0] * linear(y, out)
         y = F.relu(linear(norm(x), up)).square()  # (B, T, 4C), ReLU^2 (So et al., 2021)
-        return x + F.dropout1d(linear(y, down).mT, p).mT
+        return x + keep[1] * linear(y, down)
 
     def stream(self, idx, place, shared, kv):
         """Logits for idx (B, 2 + T) without its first two, given what all layers share."""
@@ -313,12 +319,13 @@ def load(path, device):
     except Exception as error:
         raise UserError(f"{path} is missing or no checkpoint of gpt.py ({type(error).__name__})")
 
-def try_compile(model, part, trial):
-    """The model with its method `part` compiled; None, with a notice, if `trial` of it fails."""
+def try_compile(model, part, trial, graphs=False):
+    """The model with its method `part` compiled, and recorded as CUDA graphs if `graphs`; None,
+    with a notice, if `trial` of it fails."""
     compiled = copy.copy(model)  # with the same weights
     wide = torch.cpu.get_capabilities().get("avx512_f")  # there GCC 12 gets bfloat16 wrong: NaN
-    options = {"cpp.simdlen": 256 if wide else None, "cpp.vec_isa_ok": True,  # saves seconds
-               "triton.cudagraphs": torch.is_grad_enabled()}  # one launch for all kernels
+    options = {"cpp.simdlen": 256 if wide else None, "triton.cudagraphs": graphs,
+               "cpp.vec_isa_ok": True}  # believe the CPU: compiling tests of it takes seconds
     try:
         setattr(compiled, part, torch.compile(getattr(model, part), dynamic=False, options=options))
         trial(compiled)
@@ -377,8 +384,9 @@ def train(config, data="", out_dir=OUT_DIR, resume=False, device="auto", dtype="
     autocast = torch.autocast(device.type, dtype, enabled=dtype is not torch.float32)
     if compile == "on" or compile == "auto" and (config.minutes or config.max_iters / 200) > 1:
         x, _ = get_batch(train_data, config.batch_size // world // parts, config.block_size, 0)
-        part = "stream" if device.type == "cuda" else "block"
-        forward = try_compile(model, part, lambda it: autocast(it)(x).sum().backward()) or model
+        part, graphs = ("stream", world == parts == 1) if device.type == "cuda" else ("block", False)
+        trial = lambda it: autocast(it)(x).sum().backward()
+        forward = try_compile(model, part, trial, graphs) or model
     run["compiled"] = forward is not model
     print(f"{run['parameters']:,} parameters, {device}, {run['precision']}, "
           f"{len(train_data):,} characters of {path}{', compiled' * run['compiled']}", file=LOG)

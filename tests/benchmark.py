@@ -88,8 +88,9 @@ def training_step(engine, config, device, dtype, x, compiled):
     autocast = torch.autocast(device.type, dtype, enabled=dtype is not torch.float32)
     forward = torch.compile(model) if compiled else model
     if engine == "gpt.py":
-        forward = gpt.try_compile(model, "block", lambda fast: autocast(fast)(x).sum().backward())
-        forward = forward or model
+        part, graphs = ("stream", True) if device.type == "cuda" else ("block", False)
+        trial = lambda fast: autocast(fast)(x).sum().backward()
+        forward = gpt.try_compile(model, part, trial, graphs) or model
         model.zero_grad()
     found = {"precision": str(dtype)[6:], "compiled": forward is not model,
              "optimizer": " and ".join(type(optimizer).__name__ for optimizer in optimizers)}
@@ -238,12 +239,19 @@ def trained(config, device, minutes, data=""):
 
 def target(config, device, dtype, loss, minutes):
     """Wall seconds of a training, and until it reports `loss` or less over the whole validation
-    split; the seed is that of the repeat."""
+    split; of these, the seconds of steps. Minutes 0: the steps of the preset. The seed is that of
+    the repeat."""
     run, wall, told = trained(config, device, minutes)
-    reached = [told[row["step"]] for row in run["metrics"] if row["val_loss"] <= loss]
-    return {"s to target": reached[0] if reached else None, "s in all": wall, "steps": run["step"],
-            "last val loss": run["val_loss"], "best val loss": run["best_val_loss"]}, {
-            key: run[key] for key in ("parameters", "precision", "compiled", "data")}
+    rows = [{"step": 0, "val_loss": math.inf}, *run["metrics"]]
+    reached = [i for i, row in enumerate(rows) if row["val_loss"] <= loss]
+    steps = config.batch_size * config.block_size * sum(
+        (row["step"] - last["step"]) / row["tokens_per_second"]
+        for last, row in zip(rows, rows[1:reached[0] + 1])) if reached else None
+    return {"s to target": told[rows[reached[0]]["step"]] if reached else None,
+            "s of steps to target": steps, "s in all": wall, "steps": run["step"],
+            "last val loss": run["val_loss"], "best val loss": run["best_val_loss"],
+            "evaluations": len(run["metrics"])}, {
+            key: run[key] for key in ("parameters", "precision", "compiled", "data", "config")}
 
 
 def texts(config, device, dtype, engine, text, minutes):
@@ -311,7 +319,8 @@ def plan(args, device):
                 options | ({"engine": engine} if engine else {}))
     if args.only:  # these take minutes a run, so they must be asked for; their shape: the preset
         budget = gpt.Config(**gpt.preset(device.type, args.minutes))
-        jobs[f"target: {args.target} in {args.minutes:g} minutes"] = (
+        time_given = f"in {args.minutes:g} minutes" if args.minutes else "with the preset's steps"
+        jobs[f"target: {args.target} {time_given}"] = (
             "target", budget, {"loss": args.target, "minutes": args.minutes})
         for text in ("tiny Shakespeare", "Python"):
             for engine in ("gpt.py", "classic"):
@@ -344,7 +353,8 @@ SHOWN = {"machine": [], "start": [],  # all their figures
                    "model GFLOP/s", "peak MiB"],
          "generate": ["engine", "batch", "tokens/s within", "tokens/s past",
                       "ms to first, prompt of 1", "s to compile"],
-         "target": ["minutes", "loss", "seeds", "s to target", "steps", "last val loss"],
+         "target": ["minutes", "loss", "seeds", "s to target", "s of steps to target", "steps",
+                    "last val loss"],
          "texts": ["text", "engine", "minutes", "threads", "seeds", "steps", "last val loss"]}
 
 
