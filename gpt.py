@@ -206,7 +206,8 @@ class GPT(nn.Module):
         """One layer: x (B, T, C) after attention and MLP; adds keys and values to a cache's kv."""
         (B, T, C), H, p = x.shape, self.config.n_head, self.config.dropout * self.training
         q, k, v = linear(norm(x), qkv).view(B, T, 3, H, -1).unbind(2)  # (B, T, H, D)
-        q, k = (rotary(norm(side), cos[:, None], sin[:, None]) for side in (q, k))  # QK norm
+        turn = cos[:, None], sin[:, None]  # by the same angles in all heads
+        q, k = rotary(norm(q), *turn), rotary(norm(k), *turn)  # QK norm
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
         if kv is not None:
             k, v = kv.index_copy_(3, place, torch.stack((k, v)))  # (B, H, S, D)
@@ -384,9 +385,9 @@ def train(config, data="", out_dir=OUT_DIR, resume=False, device="auto", dtype="
     autocast = torch.autocast(device.type, dtype, enabled=dtype is not torch.float32)
     if compile == "on" or compile == "auto" and (config.minutes or config.max_iters / 200) > 1:
         x, _ = get_batch(train_data, config.batch_size // world // parts, config.block_size, 0)
-        part, graphs = ("stream", world == parts == 1) if device.type == "cuda" else ("block", False)
-        trial = lambda it: autocast(it)(x).sum().backward()
-        forward = try_compile(model, part, trial, graphs) or model
+        part = "stream" if device.type == "cuda" else "block"
+        forward = try_compile(model, part, lambda it: autocast(it)(x).sum().backward(),
+                              graphs=device.type == "cuda" and world == parts == 1) or model
     run["compiled"] = forward is not model
     print(f"{run['parameters']:,} parameters, {device}, {run['precision']}, "
           f"{len(train_data):,} characters of {path}{', compiled' * run['compiled']}", file=LOG)
@@ -467,7 +468,8 @@ def sample_next(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
 
 def record(model, idx, cache):
     """The model's reading of ids of this shape as a CUDA graph: all its kernels in one launch."""
-    model(idx, cache)
+    cache.length.zero_()
+    model(idx, cache)  # allocates what must not be allocated while it is recorded
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         logits = model(idx, cache)

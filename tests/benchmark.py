@@ -88,9 +88,9 @@ def training_step(engine, config, device, dtype, x, compiled):
     autocast = torch.autocast(device.type, dtype, enabled=dtype is not torch.float32)
     forward = torch.compile(model) if compiled else model
     if engine == "gpt.py":
-        part, graphs = ("stream", True) if device.type == "cuda" else ("block", False)
-        trial = lambda fast: autocast(fast)(x).sum().backward()
-        forward = gpt.try_compile(model, part, trial, graphs) or model
+        part = "stream" if device.type == "cuda" else "block"
+        forward = gpt.try_compile(model, part, lambda it: autocast(it)(x).sum().backward(),
+                                  graphs=device.type == "cuda") or model
         model.zero_grad()
     found = {"precision": str(dtype)[6:], "compiled": forward is not model,
              "optimizer": " and ".join(type(optimizer).__name__ for optimizer in optimizers)}

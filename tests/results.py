@@ -30,39 +30,53 @@ def models():
 
 def headline():
     """What stands first, from benchmarks.json and best.json: the shortest time to nanoGPT's loss
-    and the lowest loss that were measured with today's presets, the models of best.json, the speed
-    of training on all CPUs, and that of writing where it was measured last."""
+    and the lowest loss that were measured with today's presets, on a CPU and on a GPU, the models
+    of best.json, and the speeds of training and of writing."""
     file = (ROOT / "outputs/benchmarks.json").read_text(encoding="utf-8")
     document = json.loads(file)
-    targets = [(machine, e["conditions"], e["figures"]) for machine, entries in document.items()
-               for name, e in entries.items() if name.startswith("target")
-               and e["conditions"].get("compiler cache") == "empty"
-               and all(e["conditions"].get(benchmark.WORDS.get(key), value) == value for key, value
-                       in benchmark.gpt.preset("cpu", e["conditions"]["minutes"]).items())]
-    reached = [found for found in targets if found[2]["s to target"]["median"]]
-    where, how, fast = min(reached, key=lambda found: found[2]["s to target"]["median"])
-    there, longest, low = min(targets, key=lambda found: statistics.mean(
-        found[2]["last val loss"]["values"]))
+    gpus = [machine for machine in document if not machine.endswith("cores")]
+    cpus = [machine for machine in document if machine.endswith("cores")]
+
+    def targets(machines, device):
+        return [(machine, e["conditions"], e["figures"]) for machine in machines
+                for name, e in document[machine].items() if name.startswith("target")
+                for known in [e["conditions"] | e["conditions"].get("config", {})]
+                if known.get("compiler cache") == "empty"
+                and all(known.get(key, value) == value
+                        for word, value in
+                        benchmark.gpt.preset(device, e["conditions"]["minutes"]).items()
+                        for key in (word, benchmark.WORDS.get(word)))]
+
+    found = targets(cpus, "cpu")
+    reached = [row for row in found if row[2]["s to target"]["median"]]
+    where, how, fast = min(reached, key=lambda row: row[2]["s to target"]["median"])
+    there, longest, low = min(found, key=lambda row: statistics.mean(
+        row[2]["last val loss"]["values"]))
     many = len(longest["seeds"])
     many = f"mean of {many} seeds" if many > 1 else "one seed"
     there = "there" if there == where else f"on {there}"
+    gpu, plan, seen = min(targets(gpus, "cuda"), key=lambda row: row[2]["s in all"]["median"])
 
     compiled = "generate nanogpt: gpt.py, compiled, batch 1, dropout 0.0"
-    writer = max((machine for machine in document if compiled in document[machine]),
+    writer = max((machine for machine in cpus if compiled in document[machine]),
                  key=lambda machine: document[machine][compiled]["conditions"]["date"])
 
     def median(name, figure, machine):
         return document[machine][name]["figures"][figure]["median"]
 
-    def peer(machine):
-        name = "train nanogpt: nanoGPT, batch 16, dropout 0.2"
+    def peer(machine, batch=16):
+        name = f"train nanogpt: nanoGPT, batch {batch}, dropout 0.2"
         return max(median(name + also, "tokens/s", machine) for also in ("", ", compiled"))
 
+    def times(figure, machine):
+        return (median(compiled, figure, machine) /
+                median("generate nanogpt: nanoGPT, batch 1, dropout 0.0", figure, machine))
+
     ratios = sorted(median("train nanogpt: gpt.py, batch 16, dropout 0.0", "tokens/s", machine)
-                    / peer(machine) for machine in document)
-    within, past = (median(compiled, figure, writer) /
-                    median("generate nanogpt: nanoGPT, batch 1, dropout 0.0", figure, writer)
-                    for figure in ("tokens/s within", "tokens/s past"))
+                    / peer(machine) for machine in cpus)
+    ahead = (median("train nanogpt: gpt.py, batch 64, dropout 0.2", "tokens/s", gpu) /
+             peer(gpu, 64))
+    within, past = (times(figure, writer) for figure in ("tokens/s within", "tokens/s past"))
     study = json.loads((ROOT / "outputs/best.json").read_text(encoding="utf-8"))
 
     def mean(kind, size=512):
@@ -78,16 +92,23 @@ def headline():
         "our benchmark.",
         f"**{statistics.mean(low['last val loss']['values']):.4f} in {longest['minutes']:g} "
         f"minutes** {there} ({many}, last weights, windows of {longest['context']} characters).",
+        f"**{statistics.mean(seen['last val loss']['values']):.4f} in "
+        f"{seen['s in all']['median']:.0f} seconds** on an {gpu}, with `gpt.py train` (mean of "
+        f"{len(plan['seeds'])} seeds, last weights, windows of {plan['context']} characters). "
+        f"{how['loss']} is behind it after {seen['s to target']['median']:.0f} seconds, of which "
+        f"{seen['s of steps to target']['median']:.1f} are steps of training; the rest is the "
+        "start, compiling and evaluations.",
         f"**{mean('student'):.4f}** for the best model, which two others have taught (mean of 2 "
         f"seeds, last weights; on windows of 256 characters {mean('student', 256):.4f}), and "
         f"{mean('untaught'):.4f} without teachers.",
         f"**{ratios[0]:.1f} to {ratios[-1]:.1f} times as fast in training** as nanoGPT at its "
         f"shape, on {len(ratios)} CPUs with 2 cores (without dropout, nanoGPT with it; least where "
-        "the chip is no faster in bfloat16, so that both compute in float32).",
-        f"**{past:.0f} times as fast in writing** past the window, once compiled, and {within:.0f} "
-        f"times within it, in one run on {writer} (weights rounded to bfloat16, nanoGPT's in "
-        "float32; past the window `gpt.py` looks at half a window to a whole one, nanoGPT always "
-        "at a whole one)."]
+        f"the chip is no faster in bfloat16, so that both compute in float32); {ahead:.1f} times "
+        f"on an {gpu} (both with dropout and in bfloat16).",
+        f"**{past:.0f} times as fast in writing** past the window, once compiled, and "
+        f"{within:.0f} times within it, in one run on {writer} (weights rounded to bfloat16, "
+        "nanoGPT's in float32; past the window `gpt.py` looks at half a window to a whole one, "
+        f"nanoGPT always at a whole one); {times('tokens/s past', gpu):.0f} times on an {gpu}."]
     return "\n".join(textwrap.fill(point, 120, initial_indent="- ", subsequent_indent="  ",
                                    break_on_hyphens=False) for point in points)
 

@@ -41,17 +41,16 @@ FAULTS = {
     "no 1 / sqrt(D)": (" / math.sqrt(q.size(-1))", "", EXPLICIT),
     "softmax over the queries": ("mask).softmax(-1).to", "mask).softmax(-2).to", EXPLICIT),
     "rotary angles of the keys shifted by one":
-        ("rotary(norm(k), cos, sin)", "rotary(norm(k), cos.roll(-1, 0), sin.roll(-1, 0))",
-         FORMULA),
+        ("rotary(norm(k), *turn)", "rotary(norm(k), *(t.roll(-1, 0) for t in turn))", FORMULA),
     "values turned too": ("torch.stack((k, v))", "torch.stack((k, rotary(v, cos, sin)))", CACHE),
     "no norm before the MLP": ("linear(norm(x), up)", "linear(x, up)", FORMULA),
-    "no QK norm for the queries": ("rotary(norm(q), cos, sin)", "rotary(q, cos, sin)", FORMULA),
+    "no QK norm for the queries": ("rotary(norm(q), *turn)", "rotary(q, *turn)", FORMULA),
     "ReLU without its square": (".square()  # (B, T, 4C)", "  # (B, T, 4C)", FORMULA),
     "earlier characters forgotten by the cache":
-        ("+ len(place), idx[:, -2:]", "+ len(place), cache.recent", CACHE),
-    "cache position off by one": ("+ len(place), idx", "+ len(place) - 1, idx", CACHE),
+        ("cache.recent.copy_(idx[:, -2:])", "pass", CACHE),
+    "cache position off by one": ("+= len(place)", "+= len(place) - 1", CACHE),
     "cache not emptied when the window is full":
-        ("cache.length, idx = 0,", "cache.length, idx = 1,", WINDOW),
+        ("zero_()\n        logits", "fill_(1)\n        logits", WINDOW),
     "weights not rounded to write": ("(model).bfloat16().float()", "(model)", ROUNDED),
     "embedding added up in bfloat16": ("table).float()", "table)", HALF),
     "targets not shifted": ("window[:, 1:]", "window[:, :-1]", BATCH),
