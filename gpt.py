@@ -63,13 +63,14 @@ class Config:
         check(self.n_embd % (2 * self.n_head) == 0, f"n_embd ({self.n_embd}) must be a multiple of "
               f"2 * n_head ({2 * self.n_head}), so that every head has an even size")
 
+SMALL = dict(n_layer=5, n_head=2, n_embd=128, batch_size=8, adamw_learning_rate=0.005,
+             decay_fraction=0.8, short_fraction=0.8, adamw_weight_decay=0.0, dropout=0.0)
 PRESETS = {  # where they differ from the defaults
     "gpu": dict(n_head=4, n_embd=256, block_size=512, batch_size=16, max_iters=1300,
                 learning_rate=0.03, weight_decay=0.3, adamw_weight_decay=2.0, dropout=0.1,
                 train_temperature=0.88),
-    "cpu": dict(n_layer=5, n_head=2, n_embd=128, batch_size=8, adamw_learning_rate=0.005,
-                decay_fraction=0.8, short_fraction=0.8, weight_decay=0.1, adamw_weight_decay=0.0,
-                dropout=0.0),
+    "cpu": SMALL | dict(weight_decay=0.1),
+    "cpu, 7 minutes or more": SMALL | dict(weight_decay=0.25),
     "cpu, 15 minutes or more": dict(n_head=3, n_embd=192, block_size=512, batch_size=8,
                                     short_fraction=0.8, dropout=0.05),
     "cpu, 30 minutes or more": dict(n_head=4, n_embd=256, block_size=512, batch_size=8,
@@ -77,9 +78,8 @@ PRESETS = {  # where they differ from the defaults
 
 def preset(device, minutes=0.0):
     """The preset for a device ("cpu", "cuda", "mps") and a time budget."""
-    least = 30 if minutes >= 30 else 15
-    long = f", {least} minutes or more" * (minutes >= 15)
-    return PRESETS["cpu" + long if device == "cpu" else "gpu"]
+    long = [f", {least} minutes or more" for least in (30, 15, 7) if minutes >= least]
+    return PRESETS["cpu" + (*long, "")[0] if device == "cpu" else "gpu"]
 
 # ---- data ----------------------------------------------------------------------------------------
 OUT_DIR = "outputs/runs/shakespeare"
@@ -142,8 +142,8 @@ def get_batch(data, batch_size, block_size, step, seed=0):
     place = (step * (5**0.5 - 1) / 2 + seed * 2**0.5) % 1  # in each part, 0 to 1
     part = torch.arange(batch_size, dtype=torch.double)[:, None]
     start = ((part + place) / batch_size * (len(data) - block_size)).long()  # (B, 1)
-    places = (start + torch.arange(block_size + 1)).to(data.device, non_blocking=True)
-    window = data[places].long()  # (B, T + 1)
+    start = start.to(data.device, non_blocking=data.is_cuda)  # elsewhere, that would be unsafe
+    window = data[start + torch.arange(block_size + 1, device=data.device)].long()  # (B, T + 1)
     return window[:, :-1], window[:, 1:]
 
 # ---- model ---------------------------------------------------------------------------------------
@@ -152,7 +152,8 @@ def norm(x):
     return F.rms_norm(x, (x.size(-1),))
 
 def rotary(x, cos, sin):
-    """Turn pairs of channels of x (B, H, T, D) by their positions' angles (Su et al., 2021)."""
+    """Turn pairs of channels of x (..., D) by their positions' angles (Su et al., 2021), whose cos
+    and sin must fit (..., D / 2)."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
@@ -321,15 +322,16 @@ def load(path, device):
         raise UserError(f"{path} is missing or no checkpoint of gpt.py ({type(error).__name__})")
 
 def try_compile(model, part, trial, graphs=False):
-    """The model with its method `part` compiled, and recorded as CUDA graphs if `graphs`; None,
-    with a notice, if `trial` of it fails."""
+    """The model with its method `part` compiled; None, with a notice, if `trial` of it fails.
+    With `graphs`, it runs as CUDA graphs, which the second trial records."""
     compiled = copy.copy(model)  # with the same weights
     wide = torch.cpu.get_capabilities().get("avx512_f")  # there GCC 12 gets bfloat16 wrong: NaN
     options = {"cpp.simdlen": 256 if wide else None, "triton.cudagraphs": graphs,
                "cpp.vec_isa_ok": True}  # believe the CPU: compiling tests of it takes seconds
     try:
         setattr(compiled, part, torch.compile(getattr(model, part), dynamic=False, options=options))
-        trial(compiled)
+        for _ in range(1 + graphs):
+            trial(compiled)
         return compiled
     except Exception as error:  # no C++ compiler, no Triton, an old GPU: each has its own type
         print(f"torch.compile fails here ({type(error).__name__}): going on without", file=LOG)
@@ -386,8 +388,9 @@ def train(config, data="", out_dir=OUT_DIR, resume=False, device="auto", dtype="
     if compile == "on" or compile == "auto" and (config.minutes or config.max_iters / 200) > 1:
         x, _ = get_batch(train_data, config.batch_size // world // parts, config.block_size, 0)
         part = "stream" if device.type == "cuda" else "block"
-        forward = try_compile(model, part, lambda it: autocast(it)(x).sum().backward(),
-                              graphs=device.type == "cuda" and world == parts == 1) or model
+        forward = try_compile(
+            model, part, lambda it: (model.zero_grad(), autocast(it)(x).sum().backward()),
+            graphs=device.type == "cuda" and world == parts == 1) or model
     run["compiled"] = forward is not model
     print(f"{run['parameters']:,} parameters, {device}, {run['precision']}, "
           f"{len(train_data):,} characters of {path}{', compiled' * run['compiled']}", file=LOG)
@@ -491,17 +494,20 @@ def generate(model, idx, max_new_tokens, temperature=1, top_k=0, top_p=1, seed=1
     block_size, device, seen = model.config.block_size, model.head.device, idx.cpu()
     generator, cache = torch.Generator().manual_seed(seed), KVCache(model.config, len(idx), device)
     model = fast = copy.deepcopy(model).bfloat16().float()
-    if compile:  # for one text, most of the time goes into reading weights: so keep 16 bits of each
+    if compile:  # one text on a CPU: reading weights takes most time, so keep 16 bits of each
         single = len(idx) == 1 and device.type == "cpu"
-        trial = idx[:, :1].to(device), cache  # what it leaves in the cache is overwritten
+        trial = idx[:, :1].to(device, copy=True), cache  # what it leaves there is overwritten
         fast = try_compile(copy.deepcopy(model).bfloat16() if single else model, "layers",
                            lambda it: it(*trial)) or model
-        fast = record(fast, *trial) if device.type == "cuda" else fast
+        if fast is not model and device.type == "cuda":
+            fast = record(fast, *trial)
         cache.length.zero_()
+    read = 0  # the cache's length, known without waiting for the device
     for _ in range(max_new_tokens):
-        if cache.length + idx.size(1) > block_size:
-            idx = seen[:, -max(1, block_size // 2):]
+        if read + idx.size(1) > block_size:
+            read, idx = 0, seen[:, -max(1, block_size // 2):]
             cache.length.zero_()
+        read += idx.size(1)
         logits = (fast if idx.size(1) == 1 else model)(idx.to(device), cache)[:, -1]  # (B, V)
         idx = sample_next(logits, temperature, top_k, top_p, generator)
         seen = torch.cat((seen, idx), dim=1)[:, -block_size:]

@@ -322,7 +322,7 @@ def plan(args, device):
         time_given = f"in {args.minutes:g} minutes" if args.minutes else "with the preset's steps"
         jobs[f"target: {args.target} {time_given}"] = (
             "target", budget, {"loss": args.target, "minutes": args.minutes})
-        for text in ("tiny Shakespeare", "Python"):
+        for text in ("tiny Shakespeare", "Python") if args.minutes else ():
             for engine in ("gpt.py", "classic"):
                 shape = budget if engine == "gpt.py" else gpt.Config(**SHAPES["nanogpt on a cpu"])
                 jobs[f"texts: {engine} on {text} in {args.minutes:g} minutes"] = (
@@ -393,7 +393,7 @@ def main():
     parser.add_argument("--seconds", type=float, default=20.0, help="of training to be timed")
     parser.add_argument("--only", nargs="+", help="words, one of which a name must have")
     parser.add_argument("--target", type=float, default=1.4697, help="validation loss to reach")
-    parser.add_argument("--minutes", type=float, default=2.5, help="for each run to the target")
+    parser.add_argument("--minutes", type=float, default=2.5, help="of each such run; 0: steps")
     parser.add_argument("--out", type=Path, default=ROOT / "outputs/benchmarks.json")
     parser.add_argument("--table", action="store_true", help="show the result file and end")
     parser.add_argument("--worker", help=argparse.SUPPRESS)  # one measurement, in JSON

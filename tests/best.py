@@ -21,9 +21,8 @@ DEVICE, _ = gpt.pick_device(dtype="float32")  # each training picks its own form
 ON_CPU = DEVICE.type == "cpu"
 KINDS = "teacher", "student", "untaught"
 TEACHERS, STUDENTS, UNTAUGHT = ([kind + seed for seed in "12"] for kind in KINDS)
-LONGER = {} if ON_CPU else dict(block_size=512, batch_size=32)  # windows as in the CPU's presets
-PLANS = {"teacher": gpt.preset(DEVICE.type, 15) | LONGER | dict(max_iters=2200),
-         "student": gpt.preset(DEVICE.type, 30) | LONGER | dict(max_iters=2600)}
+PLANS = {"teacher": gpt.preset(DEVICE.type, 15) | (dict(max_iters=2200) if ON_CPU else {}),
+         "student": gpt.preset(DEVICE.type, 30) | (dict(max_iters=2600) if ON_CPU else {})}
 PLANS["untaught"] = PLANS["student"]
 
 

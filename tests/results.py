@@ -55,7 +55,8 @@ def headline():
     many = len(longest["seeds"])
     many = f"mean of {many} seeds" if many > 1 else "one seed"
     there = "there" if there == where else f"on {there}"
-    gpu, plan, seen = min(targets(gpus, "cuda"), key=lambda row: row[2]["s in all"]["median"])
+    gpu, plan, seen = min((row for row in targets(gpus, "cuda") if not row[1]["minutes"]),
+                          key=lambda row: row[2]["s in all"]["median"])
 
     compiled = "generate nanogpt: gpt.py, compiled, batch 1, dropout 0.0"
     writer = max((machine for machine in cpus if compiled in document[machine]),
@@ -93,22 +94,22 @@ def headline():
         f"**{statistics.mean(low['last val loss']['values']):.4f} in {longest['minutes']:g} "
         f"minutes** {there} ({many}, last weights, windows of {longest['context']} characters).",
         f"**{statistics.mean(seen['last val loss']['values']):.4f} in "
-        f"{seen['s in all']['median']:.0f} seconds** on an {gpu}, with `gpt.py train` (mean of "
+        f"{seen['s in all']['median']:.0f} seconds** on one {gpu}, with `gpt.py train` (mean of "
         f"{len(plan['seeds'])} seeds, last weights, windows of {plan['context']} characters). "
-        f"{how['loss']} is behind it after {seen['s to target']['median']:.0f} seconds, of which "
-        f"{seen['s of steps to target']['median']:.1f} are steps of training; the rest is the "
-        "start, compiling and evaluations.",
+        f"It passes {plan['loss']} after {seen['s to target']['median']:.0f} seconds; "
+        f"{seen['s of steps to target']['median']:.1f} of them are steps of training, the rest is "
+        "the start, compiling anew and evaluations.",
         f"**{mean('student'):.4f}** for the best model, which two others have taught (mean of 2 "
         f"seeds, last weights; on windows of 256 characters {mean('student', 256):.4f}), and "
         f"{mean('untaught'):.4f} without teachers.",
         f"**{ratios[0]:.1f} to {ratios[-1]:.1f} times as fast in training** as nanoGPT at its "
         f"shape, on {len(ratios)} CPUs with 2 cores (without dropout, nanoGPT with it; least where "
         f"the chip is no faster in bfloat16, so that both compute in float32); {ahead:.1f} times "
-        f"on an {gpu} (both with dropout and in bfloat16).",
+        f"on the {gpu} (both with dropout and in bfloat16).",
         f"**{past:.0f} times as fast in writing** past the window, once compiled, and "
         f"{within:.0f} times within it, in one run on {writer} (weights rounded to bfloat16, "
         "nanoGPT's in float32; past the window `gpt.py` looks at half a window to a whole one, "
-        f"nanoGPT always at a whole one); {times('tokens/s past', gpu):.0f} times on an {gpu}."]
+        f"nanoGPT always at a whole one); {times('tokens/s past', gpu):.0f} times on the {gpu}."]
     return "\n".join(textwrap.fill(point, 120, initial_indent="- ", subsequent_indent="  ",
                                    break_on_hyphens=False) for point in points)
 

@@ -26,8 +26,8 @@ def test_help_shows_every_flag_with_meaning_and_default(cli):
     shown = re.sub(r"\s+", " ", done.stdout)
     for name, (commands, default, meaning) in gpt.FLAGS.items():
         assert f"--{name}" in shown and f"{meaning} (for {commands}; default: {default!r}" in shown
-    assert ("384; gpu: 256; cpu: 128; cpu, 15 minutes or more: 192; cpu, 30 minutes or more: 256)"
-            in shown)
+    assert ("384; gpu: 256; cpu: 128; cpu, 7 minutes or more: 128; cpu, 15 minutes or more: 192; "
+            "cpu, 30 minutes or more: 256)") in shown
 
 
 def test_train_generate_evaluate(cli, trained):

@@ -50,7 +50,7 @@ FAULTS = {
         ("cache.recent.copy_(idx[:, -2:])", "pass", CACHE),
     "cache position off by one": ("+= len(place)", "+= len(place) - 1", CACHE),
     "cache not emptied when the window is full":
-        ("zero_()\n        logits", "fill_(1)\n        logits", WINDOW),
+        ("zero_()\n        read", "fill_(1)\n        read", WINDOW),
     "weights not rounded to write": ("(model).bfloat16().float()", "(model)", ROUNDED),
     "embedding added up in bfloat16": ("table).float()", "table)", HALF),
     "targets not shifted": ("window[:, 1:]", "window[:, :-1]", BATCH),

@@ -203,7 +203,7 @@ def test_a_loss_that_is_no_number_stops_the_run(train, monkeypatch):
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
 def test_compiled_gradients_are_the_plain_ones(kind):
-    """At a size of which compilers make wide vectors: GCC 12 made NaN of bfloat16 there."""
+    """At a size for which the compiler uses wide vectors: GCC 12 made NaN of bfloat16 there."""
     torch.manual_seed(0)
     model = gpt.GPT(gpt.Config(n_layer=1, n_head=2, n_embd=128, block_size=64, dropout=0.0))
     for p in (model.out, model.down, model.head):
@@ -217,6 +217,8 @@ def test_compiled_gradients_are_the_plain_ones(kind):
         return [p.grad.clone() for p in model.parameters()]
 
     compiled = gpt.try_compile(model, "block", lambda it: autocast(it)(x).sum().backward())
+    if compiled is None:
+        pytest.skip("no C++ compiler here")
     for fast, plain in zip(gradients(compiled), gradients(model)):
         assert (fast - plain).norm() < (2e-2 if kind is torch.bfloat16 else 1e-5) * plain.norm()
 
