@@ -89,8 +89,9 @@ def training_step(engine, config, device, dtype, x, compiled):
     forward = torch.compile(model) if compiled else model
     if engine == "gpt.py":
         part = "stream" if device.type == "cuda" else "block"
-        forward = gpt.try_compile(model, part, lambda it: autocast(it)(x).sum().backward(),
-                                  graphs=device.type == "cuda") or model
+        forward = gpt.try_compile(
+            model, part, lambda it: (model.zero_grad(), autocast(it)(x).sum().backward()),
+            graphs=device.type == "cuda") or model
         model.zero_grad()
     found = {"precision": str(dtype)[6:], "compiled": forward is not model,
              "optimizer": " and ".join(type(optimizer).__name__ for optimizer in optimizers)}
