@@ -325,8 +325,9 @@ def try_compile(model, part, trial, graphs=False):
     """The model with its method `part` compiled; None, with a notice, if `trial` of it fails.
     With `graphs`, it runs as CUDA graphs, which the second trial records."""
     compiled = copy.copy(model)  # with the same weights
-    wide = torch.cpu.get_capabilities().get("avx512_f")  # there GCC 12 gets bfloat16 wrong: NaN
-    options = {"cpp.simdlen": 256 if wide else None, "triton.cudagraphs": graphs,
+    wide = torch.cpu.get_capabilities().get("avx512_f") and torch.is_grad_enabled()
+    options = {"cpp.simdlen": 256 if wide else None,  # at 512 bits, GCC 12 makes NaN of gradients
+               "triton.cudagraphs": graphs,
                "cpp.vec_isa_ok": True}  # believe the CPU: compiling tests of it takes seconds
     try:
         setattr(compiled, part, torch.compile(getattr(model, part), dynamic=False, options=options))
