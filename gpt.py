@@ -52,7 +52,7 @@ class Config:
     adamw_weight_decay: float = option(1.0, "decoupled decay of embedding and head")
     dropout: float = option(0.2, "share of the channels dropped from each branch", 0, 0.99)
     train_temperature: float = option(0.92, "divides the logits in training only", 0.1)
-    eval_interval: int = option(0, "steps between evaluations; 0: what reads the text twice")
+    eval_interval: int = option(0, "steps between evaluations; 0: two readings, at most 1000")
     seed: int = option(1, "seed of weights, batches and dropout")
 
     def __post_init__(self):
@@ -99,16 +99,17 @@ def write(path, content):
 
 def find_text():
     """Path of tiny Shakespeare, downloaded if missing, or without a network of a bundled play."""
-    source = TEXT.resolve().as_uri() if TEXT.exists() else URL
+    source = TEXT if TEXT.exists() else URL
     try:
-        content = urllib.request.urlopen(source, timeout=20).read()
+        content = (TEXT.read_bytes() if source is TEXT else
+                   urllib.request.urlopen(URL, timeout=20).read())
     except Exception as error:  # no network, or an answer that makes no sense
         check(BUNDLED.exists(), f"no network: save {URL} as {TEXT}, or name a text with --data")
         print(f"no tiny Shakespeare ({error}): using {BUNDLED} instead", file=LOG)
         return BUNDLED
     check(hashlib.sha256(content).hexdigest() == SHA256, f"{source} has a wrong SHA-256: put the "
           f"right file at {TEXT}, or train on a text of your own with --data")
-    if source == URL:
+    if source is URL:
         write(TEXT, content)
     return TEXT
 
@@ -344,17 +345,19 @@ def train(config, data="", out_dir=OUT_DIR, resume=False, device="auto", dtype="
     too (Hinton et al., 2015; Furlanello et al., 2018). A signal in `caught` saves and stops it."""
     begin = time.perf_counter()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1 and not distributed.is_initialized():
-        distributed.init_process_group()
     (device, dtype), path, out_dir = pick_device(device, dtype), data or find_text(), Path(out_dir)
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if world > 1 and not distributed.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        distributed.init_process_group(backend)
     check(resume or not (out_dir / "last.pt").exists(),
           f"{out_dir} holds a run: --resume it, or name another --out_dir")
     tokenizer, train_data, val_data = load_text(path)
     config = replace(config, vocab_size=len(tokenizer.chars))
     parts, tokens = config.gradient_accumulation_steps, config.batch_size * config.block_size
     interval = config.eval_interval or max(1, min(1000, 2 * len(train_data) // tokens))
+    cuts = [math.gcd(cut, config.block_size) for cut in (4, 2, 1)]  # of the window, at first
     check(len(train_data) > config.block_size,
           f"{path} is too short for a block_size of {config.block_size}: lower it or use more text")
     check(config.batch_size % (world * parts) == 0, f"batch_size ({config.batch_size}) must be a "
@@ -373,7 +376,7 @@ def train(config, data="", out_dir=OUT_DIR, resume=False, device="auto", dtype="
            "device": str(device), "precision": str(dtype)[6:], "processes": world,
            "torch": str(torch.__version__), "metrics": []}
     if resume:
-        model, _, saved = load(out_dir / "last.pt", device)
+        model, _, saved = load(out_dir / "last.pt", "cpu")  # where AdamW wants its step counts
         old, new = ({**r["config"], "text": r["sha256"], "teachers": r.get("teachers")}
                     for r in (saved, run))
         changed = [key for key in new if old.get(key) != new[key]]
@@ -381,16 +384,18 @@ def train(config, data="", out_dir=OUT_DIR, resume=False, device="auto", dtype="
               "was, or name another --out_dir")
         run |= {key: saved[key] for key in ("metrics", "best_val_loss", *saved["metrics"][-1])}
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
-    keepers = [scaler, *make_optimizers(model.train(), config)]
+    keepers = [scaler, *make_optimizers(model.to(device).train(), config)]
     for keeper, state in zip(keepers, saved["state"] if resume else ()):
         keeper.load_state_dict(state or keeper.state_dict())  # a scaler that was off has none
     train_data, val_data, forward = train_data.to(device), val_data.to(device), model
     autocast = torch.autocast(device.type, dtype, enabled=dtype is not torch.float32)
     if compile == "on" or compile == "auto" and (config.minutes or config.max_iters / 200) > 1:
-        x, _ = get_batch(train_data, config.batch_size // world // parts, config.block_size, 0)
-        part = "stream" if device.type == "cuda" else "block"
+        inputs = [get_batch(train_data, config.batch_size * cut // world // parts,
+                            config.block_size // cut, 0)[0]
+                  for cut in dict.fromkeys(cuts if config.short_fraction else cuts[2:])]
         forward = try_compile(
-            model, part, lambda it: (model.zero_grad(), autocast(it)(x).sum().backward()),
+            model, "stream" if device.type == "cuda" else "block",
+            lambda it: [(model.zero_grad(), autocast(it)(x).sum().backward()) for x in inputs],
             graphs=device.type == "cuda" and world == parts == 1) or model
     run["compiled"] = forward is not model
     print(f"{run['parameters']:,} parameters, {device}, {run['precision']}, "
@@ -399,9 +404,9 @@ def train(config, data="", out_dir=OUT_DIR, resume=False, device="auto", dtype="
     last = run["metrics"][-1] if resume else {"step": 0, "seconds": 0.0}
     begin, loss_sum, since = begin - last["seconds"], 0.0, time.perf_counter()
     for step in itertools.count(last["step"]):
-        seconds = time.perf_counter() - begin
-        done = seconds / 60 / config.minutes if config.minutes else step / config.max_iters
-        shared = torch.tensor([done, len(caught)], device=device if world > 1 else None)
+        minutes = (time.perf_counter() - begin) / 60
+        done = minutes / config.minutes if config.minutes else step / config.max_iters
+        shared = torch.tensor([done, len(caught)])
         if world > 1:  # clock and signals of the first process decide for all
             distributed.broadcast(shared, 0)
         done, stop = shared.tolist()
@@ -413,10 +418,11 @@ def train(config, data="", out_dir=OUT_DIR, resume=False, device="auto", dtype="
                   "again with a lower learning_rate in another --out_dir")
             check(scaler.get_scale() > 1e-3, "float16 overflows: start again, or --resume what was "
                   "saved, with --dtype float32")
-            speed = (step - last["step"]) * tokens / (time.perf_counter() - since)
+            now = time.perf_counter()
             val_loss = evaluate(model.eval(), val_data, config.block_size)
             model.train()
-            last = {"step": step, "tokens": step * tokens, "seconds": seconds,
+            speed = (step - last["step"]) * tokens / (now - since)
+            last = {"step": step, "tokens": step * tokens, "seconds": now - begin,
                     "train_loss": train_loss, "val_loss": val_loss,
                     "learning_rate": config.learning_rate * factor, "tokens_per_second": speed}
             print(f"step {step}: train {train_loss:.4f}, val {val_loss:.4f}, {speed:,.0f} "
@@ -436,8 +442,7 @@ def train(config, data="", out_dir=OUT_DIR, resume=False, device="auto", dtype="
                 distributed.destroy_process_group()
             return run
         torch.manual_seed(hash((config.seed, step, rank)) % 2**32)  # for dropout
-        cut = 1 if done >= config.short_fraction else 2 if done >= config.short_fraction / 2 else 4
-        cut = math.gcd(cut, config.block_size)  # windows of a quarter, then half the block_size
+        cut = cuts[(done >= config.short_fraction / 2) + (done >= config.short_fraction)]
         batch = get_batch(train_data, config.batch_size * cut, config.block_size // cut, step,
                           config.seed)
         model.zero_grad()
@@ -590,10 +595,14 @@ def main(argv=None):
                                   args.top_p, args.seed + i, compile):
                 print(text + tokenizer.decode(token[0]), end="", flush=True)
                 text = ""
+            print(text, end="")
         print(flush=True)
         return 0
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # who reads, head say, has enough; nothing may be flushed at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

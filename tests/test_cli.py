@@ -45,6 +45,17 @@ def test_train_generate_evaluate(cli, trained):
     assert cli(*words).stdout == done.stdout
     assert cli(*words, "--seed", 2).stdout != done.stdout
     assert cli(*words, "--num_samples", 3).stdout.count("\n---\nThe ") == 2
+    assert cli(*words[:-1], 0, "--num_samples", 2).stdout == "The \n---\nThe \n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no broken pipes")
+def test_a_reader_that_has_enough_ends_the_text(trained):
+    words = ["generate", "--checkpoint", trained / "best.pt", "--max_new_tokens", "9999"]
+    with subprocess.Popen([sys.executable, ROOT / "gpt.py", *words], stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE) as process:
+        process.stdout.read(5)
+        process.stdout.close()
+        assert process.wait(60) == 141 and process.stderr.read() == b""
 
 
 def test_resume_needs_no_flags(cli, trained):

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -61,6 +62,21 @@ def test_windows_grow_and_the_batch_keeps_its_characters(train, monkeypatch):
     train("grows", max_iters=10, short_fraction=0.8)
     train("stays", max_iters=2, short_fraction=0.0)
     assert shapes == [(16, 4)] * 4 + [(8, 8)] * 4 + [(4, 16)] * 4
+
+
+def test_all_windows_to_come_are_compiled_before_the_first_step(config, text_file, tmp_path,
+                                                                monkeypatch):
+    """In the loop, a Ctrl-C in the terminal would also end the C++ compiler."""
+    tried = []
+
+    def try_compile(model, part, trial, graphs=False):
+        trial(lambda x: tried.append(tuple(x.shape)) or model(x))
+
+    monkeypatch.setattr(gpt, "try_compile", try_compile)
+    for name, short in (("grows", 0.8), ("stays", 0.0)):
+        plan = replace(config, short_fraction=short, gradient_accumulation_steps=2)
+        gpt.train(plan, text_file, tmp_path / name, device="cpu", dtype="float32", compile="on")
+    assert tried == [(8, 4), (4, 8), (2, 16), (2, 16)]
 
 
 def test_teachers_are_learned_beside_the_text(train, text_file, monkeypatch):
