@@ -31,7 +31,7 @@ def models():
 def headline():
     """What stands first, from benchmarks.json and best.json: the shortest time to nanoGPT's loss
     and the lowest loss that were measured with today's presets, on a CPU and on a GPU, the models
-    of best.json, and the speeds of training and of writing."""
+    of best.json, and the speeds of training and of writing. Losses are those of last weights."""
     file = (ROOT / "outputs/benchmarks.json").read_text(encoding="utf-8")
     document = json.loads(file)
     gpus = [machine for machine in document if not machine.endswith("cores")]
@@ -54,7 +54,6 @@ def headline():
         row[2]["last val loss"]["values"]))
     many = len(longest["seeds"])
     many = f"mean of {many} seeds" if many > 1 else "one seed"
-    there = "there" if there == where else f"on {there}"
     gpu, plan, seen = min((row for row in targets(gpus, "cuda") if not row[1]["minutes"]),
                           key=lambda row: row[2]["s in all"]["median"])
 
@@ -73,8 +72,13 @@ def headline():
         return (median(compiled, figure, machine) /
                 median("generate nanogpt: nanoGPT, batch 1, dropout 0.0", figure, machine))
 
-    ratios = sorted(median("train nanogpt: gpt.py, batch 16, dropout 0.0", "tokens/s", machine)
-                    / peer(machine) for machine in cpus)
+    def ahead_in(precision):
+        """How many times as fast in training, on the CPUs where gpt.py computes in this format."""
+        ours = "train nanogpt: gpt.py, batch 16, dropout 0.0"
+        ratios = {f"{median(ours, 'tokens/s', machine) / peer(machine):.1f}" for machine in cpus
+                  if document[machine][ours]["conditions"]["precision"] == precision}
+        return " to ".join(dict.fromkeys((min(ratios, key=float), max(ratios, key=float))))
+
     ahead = (median("train nanogpt: gpt.py, batch 64, dropout 0.2", "tokens/s", gpu) /
              peer(gpu, 64))
     within, past = (times(figure, writer) for figure in ("tokens/s within", "tokens/s past"))
@@ -85,31 +89,28 @@ def headline():
                                if row["model"] in (kind + "1", kind + "2"))
 
     points = [
-        f"**{how['loss']} in {fast['s to target']['median']:.0f} seconds**, on {where}, without a "
-        f"GPU: `gpt.py train --minutes {how['minutes']:g}` reaches nanoGPT's best validation loss "
-        f"in that wall time, compiling and evaluating included (median of {len(how['seeds'])} "
-        "seeds, each compiling anew). The 5,000 steps of nanoGPT's own recipe would take "
-        f"{5000 * 64 * 256 / peer(where) / 3600:.0f} hours there, at the speed that it reaches in "
-        "our benchmark.",
+        f"**{how['loss']} in {fast['s to target']['median']:.0f} seconds** on {where}, without a "
+        f"GPU: `gpt.py train --minutes {how['minutes']:g}`, wall time with compiling anew and "
+        f"evaluating (median of {len(how['seeds'])} seeds). The 5,000 steps of nanoGPT's own "
+        f"recipe would take {5000 * 64 * 256 / peer(where) / 3600:.0f} hours there, at the speed "
+        "that it reaches in our benchmark.",
         f"**{statistics.mean(low['last val loss']['values']):.4f} in {longest['minutes']:g} "
-        f"minutes** {there} ({many}, last weights, windows of {longest['context']} characters).",
+        f"minutes** on {there} ({many}, windows of {longest['context']} characters).",
         f"**{statistics.mean(seen['last val loss']['values']):.4f} in "
-        f"{seen['s in all']['median']:.0f} seconds** on one {gpu}, with `gpt.py train` (mean of "
-        f"{len(plan['seeds'])} seeds, last weights, windows of {plan['context']} characters). "
-        f"It passes {plan['loss']} after {seen['s to target']['median']:.0f} seconds; "
-        f"{seen['s of steps to target']['median']:.1f} of them are steps of training, the rest is "
-        "the start, compiling anew and evaluations.",
-        f"**{mean('student'):.4f}** for the best model, which two others have taught (mean of 2 "
-        f"seeds, last weights; on windows of 256 characters {mean('student', 256):.4f}), and "
-        f"{mean('untaught'):.4f} without teachers.",
-        f"**{ratios[0]:.1f} to {ratios[-1]:.1f} times as fast in training** as nanoGPT at its "
-        f"shape, on {len(ratios)} CPUs with 2 cores (without dropout, nanoGPT with it; least where "
-        f"the chip is no faster in bfloat16, so that both compute in float32); {ahead:.1f} times "
-        f"on the {gpu} (both with dropout and in bfloat16).",
-        f"**{past:.0f} times as fast in writing** past the window, once compiled, and "
-        f"{within:.0f} times within it, in one run on {writer} (weights rounded to bfloat16, "
-        "nanoGPT's in float32; past the window `gpt.py` looks at half a window to a whole one, "
-        f"nanoGPT always at a whole one); {times('tokens/s past', gpu):.0f} times on the {gpu}."]
+        f"{seen['s in all']['median']:.0f} seconds** on one {gpu} (mean of {len(plan['seeds'])} "
+        f"seeds, windows of {plan['context']}). It passes {plan['loss']} after "
+        f"{seen['s to target']['median']:.0f} seconds, of which "
+        f"{seen['s of steps to target']['median']:.1f} are steps of training.",
+        f"**{mean('student'):.4f}** for the best model, trained on a CPU and taught by two others "
+        f"(mean of 2 seeds, windows of 512; {mean('student', 256):.4f} on windows of 256). The "
+        f"same training without teachers ends at {mean('untaught'):.4f}.",
+        f"**Training {ahead_in('bfloat16')} times as fast as nanoGPT** at its shape, on CPUs that "
+        "are fast in bfloat16 (nanoGPT computes in float32, and with dropout); "
+        f"{ahead_in('float32')} times where both compute in float32, {ahead:.1f} times on the "
+        f"{gpu}, both in bfloat16.",
+        f"**Writing {past:.0f} times as fast as nanoGPT** past the window, once compiled, and "
+        f"{within:.0f} times within it, on {writer}; {times('tokens/s past', gpu):.0f} times on "
+        "the " + gpu + "."]
     return "\n".join(textwrap.fill(point, 120, initial_indent="- ", subsequent_indent="  ",
                                    break_on_hyphens=False) for point in points)
 
