@@ -156,7 +156,8 @@ def rotary(x, cos, sin):
     """Turn pairs of channels of x (..., D) by their positions' angles (Su et al., 2021), whose cos
     and sin must fit (..., D / 2)."""
     a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+    turned = a * cos - b * sin, b * cos + a * sin
+    return torch.cat([half.to(x.dtype) for half in turned], dim=-1)
 
 def positions(place, S, D):
     """For positions `place` (T,) and keys at 0 to S - 1: cos and sin of the positions' angles,
@@ -167,14 +168,14 @@ def positions(place, S, D):
 
 def attention(q, k, v, mask):
     """Attention of queries (B, H, T, D) to k, v (B, H, S, D), with their causal mask (T, S)."""
-    (T, S), q = mask.shape, q / math.sqrt(q.size(-1))
+    (T, S), scale = mask.shape, 1 / math.sqrt(q.size(-1))
     if T == 1 and torch.compiler.is_compiling():  # sums become one loop each
-        weights = ((q * k).sum(-1) + mask).softmax(-1)  # (B, H, S)
+        weights = ((q * k).sum(-1) * scale + mask).softmax(-1)  # (B, H, S)
         return (weights[..., None] * v).sum(-2, keepdim=True)
     if q.device.type == "cpu" and torch.is_grad_enabled():  # there the fused backward is slower
-        return (q @ k.mT + mask).softmax(-1).to(v.dtype) @ v
-    mask = None if T == S else mask
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=T == S, scale=1)
+        weights = (q @ k.mT * scale + mask).to(v.dtype).exp()  # by QK norm, at most e^sqrt(D)
+        return weights @ v / weights.sum(-1, keepdim=True, dtype=torch.float)
+    return F.scaled_dot_product_attention(q, k, v, None if T == S else mask, is_causal=T == S)
 
 def linear(x, weight):
     """x @ weight.T. For a single row, compiled: one loop, as fast as memory gives the weights."""
@@ -207,10 +208,9 @@ class GPT(nn.Module):
     def block(self, x, place, cos, sin, mask, qkv, out, up, down, kv):
         """One layer: x (B, T, C) after attention and MLP; adds keys and values to a cache's kv."""
         (B, T, C), H, p = x.shape, self.config.n_head, self.config.dropout * self.training
-        q, k, v = linear(norm(x), qkv).view(B, T, 3, H, -1).unbind(2)  # (B, T, H, D)
-        turn = cos[:, None], sin[:, None]  # by the same angles in all heads
-        q, k = rotary(norm(q), *turn), rotary(norm(k), *turn)  # QK norm
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
+        qk, v = linear(norm(x), qkv).view(B, T, 3, H, -1).split([2, 1], dim=2)
+        qk = rotary(norm(qk), cos[:, None, None], sin[:, None, None])  # QK norm; (B, T, 2, H, D)
+        q, k, v = (z.transpose(1, 2) for z in (*qk.unbind(2), v.squeeze(2)))  # (B, H, T, D)
         if kv is not None:
             k, v = kv.index_copy_(3, place, torch.stack((k, v)))  # (B, H, S, D)
         y = attention(q, k, v, mask).transpose(1, 2).reshape(B, T, -1)  # (B, T, C)
@@ -252,7 +252,8 @@ def orthogonalize(x):
     for _ in range(5):
         gram = x @ x.mT
         series = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
-        x = torch.baddbmm(x, series, x, beta=3.4445)
+        series.diagonal(dim1=-2, dim2=-1).add_(3.4445)
+        x = series @ x
     return x
 
 class Muon(torch.optim.Optimizer):

@@ -34,17 +34,20 @@ RESUME = "test_checkpoint.py::test_resumed_is_uninterrupted"
 SAVED = "test_checkpoint.py::test_a_failed_save_leaves_the_old_file"
 
 FAULTS = {
-    "no mask while training": ("(q @ k.mT + mask)", "(q @ k.mT)", EXPLICIT),
+    "no mask while training": ("scale + mask).to", "scale).to", EXPLICIT),
     "no mask while generating": ("is_causal=T == S", "is_causal=False", CAUSAL),
-    "no mask for a single query, compiled": ("sum(-1) + mask)", "sum(-1))", ONE_ROW),
+    "no mask for a single query, compiled": ("scale + mask).softmax", "scale).softmax", ONE_ROW),
     "mask off by one": ("> place[:, None]", "> place[:, None] + 1", EXPLICIT),
-    "no 1 / sqrt(D)": (" / math.sqrt(q.size(-1))", "", EXPLICIT),
-    "softmax over the queries": ("mask).softmax(-1).to", "mask).softmax(-2).to", EXPLICIT),
+    "no 1 / sqrt(D)": ("1 / math.sqrt(q.size(-1))", "1", EXPLICIT),
+    "softmax over the queries": ("weights.sum(-1, keepdim=True, dtype=torch.float)",
+                                 "weights.sum(-2, keepdim=True).mT", EXPLICIT),
     "rotary angles of the keys shifted by one":
-        ("rotary(norm(k), *turn)", "rotary(norm(k), *(t.roll(-1, 0) for t in turn))", FORMULA),
+        ("cos[:, None, None], sin[:, None, None]",
+         "*(torch.stack((t, t.roll(-1, 0)), 1)[:, :, None] for t in (cos, sin))", FORMULA),
     "values turned too": ("torch.stack((k, v))", "torch.stack((k, rotary(v, cos, sin)))", CACHE),
     "no norm before the MLP": ("linear(norm(x), up)", "linear(x, up)", FORMULA),
-    "no QK norm for the queries": ("rotary(norm(q), *turn)", "rotary(q, *turn)", FORMULA),
+    "no QK norm for the queries":
+        ("(norm(qk),", "(torch.stack((qk[:, :, 0], norm(qk[:, :, 1])), 2),", FORMULA),
     "ReLU without its square": (".square()  # (B, T, 4C)", "  # (B, T, 4C)", FORMULA),
     "earlier characters forgotten by the cache":
         ("cache.recent.copy_(idx[:, -2:])", "pass", CACHE),
