@@ -70,7 +70,7 @@ PRESETS = {  # where they differ from the defaults
                 learning_rate=0.03, weight_decay=0.3, adamw_weight_decay=2.0, dropout=0.1,
                 train_temperature=0.88),
     "cpu": SMALL | dict(weight_decay=0.1),
-    "cpu, 7 minutes or more": SMALL | dict(weight_decay=0.25),
+    "cpu, 7 minutes or more": SMALL | dict(weight_decay=0.15),
     "cpu, 15 minutes or more": dict(n_head=3, n_embd=192, block_size=512, batch_size=8,
                                     short_fraction=0.8, dropout=0.05),
     "cpu, 30 minutes or more": dict(n_head=4, n_embd=256, block_size=512, batch_size=8,
