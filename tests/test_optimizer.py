@@ -57,7 +57,7 @@ def test_more_minutes_choose_larger_models():
     shapes = [gpt.preset("cpu", minutes).get("n_embd") for minutes in (0, 14.9, 15, 29.9, 30)]
     assert shapes == [128, 128, 192, 192, 256]
     decays = [gpt.preset("cpu", minutes)["weight_decay"] for minutes in (0, 6.9, 7, 14.9)]
-    assert decays == [0.1, 0.1, 0.25, 0.25]
+    assert decays == [0.1, 0.1, 0.15, 0.15]
     assert gpt.preset("cuda", 60) == gpt.preset("mps") == gpt.PRESETS["gpu"]
     for shape in gpt.PRESETS.values():
         gpt.Config(**shape)
