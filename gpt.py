@@ -184,7 +184,8 @@ def linear(x, weight):
     return F.linear(x, weight.to(x.dtype))
 
 class KVCache:
-    """Keys and values of `length` ids, (2, B, H, block_size, D) a layer, and the last two ids."""
+    """For the last block_size of `length` ids: keys and values, (2, B, H, block_size, D) a layer;
+    and the last two ids themselves."""
     def __init__(self, config, batch_size, device):
         shape = 2, batch_size, config.n_head, config.block_size, config.n_embd // config.n_head
         self.kv = [torch.zeros(shape, device=device) for _ in range(config.n_layer)]
@@ -212,7 +213,7 @@ class GPT(nn.Module):
         qk = rotary(norm(qk), cos[:, None, None], sin[:, None, None])  # QK norm; (B, T, 2, H, D)
         q, k, v = (z.transpose(1, 2) for z in (*qk.unbind(2), v.squeeze(2)))  # (B, H, T, D)
         if kv is not None:
-            k, v = kv.index_copy_(3, place, torch.stack((k, v)))  # (B, H, S, D)
+            k, v = kv.index_copy_(3, place % kv.size(3), torch.stack((k, v)))  # (B, H, S, D)
         y = attention(q, k, v, mask).transpose(1, 2).reshape(B, T, -1)  # (B, T, C)
         keep = F.dropout(x.new_ones(2, B, 1, C), p)  # one mask for all positions
         x = x + keep[0] * linear(y, out)
@@ -228,20 +229,20 @@ class GPT(nn.Module):
             x = self.block(x, place, *shared, *layer)
         return linear(norm(x), self.head)  # (B, T, V)
 
-    def layers(self, idx, place, S, kv):
-        """Logits for idx (B, 2 + T) without its first two, at positions `place` (T,) of S."""
-        D = self.config.n_embd // self.config.n_head
-        return self.stream(idx, place, positions(place, S, D), kv)
-
     def forward(self, idx, cache=None):
-        """Logits for ids that go on from what `cache`, if there is one, has read. It keeps them."""
-        place = torch.arange(idx.size(1), device=idx.device)
+        """Logits for ids that go on from what `cache`, if there is one, has read. Past block_size,
+        it takes them one at a time, each in the place of the oldest."""
+        T, D = idx.size(1), self.config.n_embd // self.config.n_head
+        place, S, kv = torch.arange(T, device=idx.device), T, [None] * self.config.n_layer
         if cache is None:
-            return self.layers(F.pad(idx, (2, 0)), place, len(place), [None] * self.config.n_layer)
-        place, idx = place + cache.length, torch.cat((cache.recent, idx), dim=1)
-        cache.length += len(place)
-        cache.recent.copy_(idx[:, -2:])
-        return self.layers(idx, place, self.config.block_size, cache.kv)
+            idx = F.pad(idx, (2, 0))
+        else:
+            place, S, kv = place + cache.length, self.config.block_size, cache.kv
+            check(T == 1 or place[-1] < S, "past block_size, give a cache one id at a time")
+            idx = torch.cat((cache.recent, idx), dim=1)
+            cache.length += T
+            cache.recent.copy_(idx[:, -2:])
+        return self.stream(idx, place, positions(place, S, D), kv)
 
 # ---- optimizer -----------------------------------------------------------------------------------
 def orthogonalize(x):
@@ -466,15 +467,14 @@ def sample_next(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     """One id for each row of logits (B, V), int64 (B, 1) on the CPU. Temperature 0 takes the
     likeliest. top_k 0 and top_p 1 keep all characters (top-p: Holtzman et al., 2020)."""
     logits = logits.cpu().double()  # in 64 bits, so that any temperature and top_p has an effect
-    highest, likeliest = logits.max(-1, keepdim=True)
-    check(highest.isfinite().all(), "the model gives no numbers: its checkpoint is damaged")
+    logits, ids = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))  # the highest first
+    check(math.isfinite(logits[:, 0].sum()), "the model gives no numbers: damaged checkpoint?")
     if temperature == 0:
-        return likeliest
-    probs = ((logits - highest) / temperature).softmax(-1)
-    probs, ids = probs.topk(min(top_k or len(probs[0]), len(probs[0])))
+        return ids[:, :1]
+    probs = ((logits - logits[:, :1]) / temperature).softmax(-1)
     ends = (probs * (probs.cumsum(-1) - probs < top_p)).cumsum(-1)  # those before don't reach it
     point = torch.rand(len(ends), 1, dtype=ends.dtype, generator=generator) * ends[:, -1:]
-    return ids.gather(-1, (ends <= point).sum(-1, keepdim=True))
+    return ids.gather(-1, torch.searchsorted(ends, point, right=True))
 
 def record(model, idx, cache):
     """The model's reading of ids of this shape as a CUDA graph: all its kernels in one launch."""
@@ -493,31 +493,24 @@ def record(model, idx, cache):
 
 @torch.inference_mode()
 def generate(model, idx, max_new_tokens, temperature=1, top_k=0, top_p=1, seed=1, compile=False):
-    """Go on from idx (B, T), character by character: yields max_new_tokens ids (B, 1). When the
-    window is full, or the prompt longer, the model reads the last half window again. Works on a
-    copy with weights rounded to bfloat16."""
+    """Go on from idx (B, T), character by character: yields max_new_tokens ids (B, 1). Each layer
+    sees the last block_size characters. Works on a copy with weights rounded to bfloat16."""
     check(temperature >= 0 and top_k >= 0 and 0 < top_p <= 1 and abs(seed) < 2**63, "temperature "
           "and top_k must be at least 0, top_p above 0 and at most 1, seed a number of 64 bits")
-    block_size, device, seen = model.config.block_size, model.head.device, idx.cpu()
+    device, idx = model.head.device, idx[:, -model.config.block_size:]
     generator, cache = torch.Generator().manual_seed(seed), KVCache(model.config, len(idx), device)
     model = fast = copy.deepcopy(model).bfloat16().float()
     if compile:  # one text on a CPU: reading weights takes most time, so keep 16 bits of each
         single = len(idx) == 1 and device.type == "cpu"
         trial = idx[:, :1].to(device, copy=True), cache  # what it leaves there is overwritten
-        fast = try_compile(copy.deepcopy(model).bfloat16() if single else model, "layers",
+        fast = try_compile(copy.deepcopy(model).bfloat16() if single else model, "forward",
                            lambda it: it(*trial)) or model
         if fast is not model and device.type == "cuda":
             fast = record(fast, *trial)
         cache.length.zero_()
-    read = 0  # the cache's length, known without waiting for the device
     for _ in range(max_new_tokens):
-        if read + idx.size(1) > block_size:
-            read, idx = 0, seen[:, -max(1, block_size // 2):]
-            cache.length.zero_()
-        read += idx.size(1)
         logits = (fast if idx.size(1) == 1 else model)(idx.to(device), cache)[:, -1]  # (B, V)
         idx = sample_next(logits, temperature, top_k, top_p, generator)
-        seen = torch.cat((seen, idx), dim=1)[:, -block_size:]
         yield idx
 
 # ---- command line --------------------------------------------------------------------------------

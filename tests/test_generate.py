@@ -54,20 +54,43 @@ def test_text_without_a_compiler_is_that_of_the_plain_model(model, monkeypatch):
     assert plain == other and used == {torch.float32}
 
 
+def in_a_band(model, idx):
+    """Logits for idx (B, T) without a cache: each layer sees the last block_size positions."""
+    place, config = torch.arange(idx.size(1)), model.config
+    cos, sin, mask = gpt.positions(place, len(place), config.n_embd // config.n_head)
+    mask = mask.masked_fill(place <= place[:, None] - config.block_size, -math.inf)
+    padded = torch.nn.functional.pad(idx, (2, 0))  # gradients: attention then adds this mask
+    return model.stream(padded, place, (cos, sin, mask), [None] * config.n_layer)
+
+
+@pytest.mark.parametrize("sizes", [1, [9] + 51 * [1], [16] + 44 * [1]])
+def test_past_the_window_each_layer_sees_the_last_block_size(model, sizes):
+    idx = torch.randint(65, (2, 60), generator=torch.Generator().manual_seed(2))
+    expected = in_a_band(model, idx)
+    assert torch.allclose(in_chunks(model, idx, sizes), expected, atol=1e-5)
+    assert torch.allclose(expected[:, :16], model(idx[:, :16]), atol=1e-5)
+    assert not torch.allclose(expected[:, -1], model(idx)[:, -1], atol=1e-3)
+
+
 @pytest.mark.parametrize("length", [1, 5, 16, 17, 40])
 def test_greedy_text_is_the_uncached_also_past_the_window(model, length):
-    """Past block_size the rule is: read the last half window again, and go on from there. The
-    weights are rounded; the model that was given keeps its own."""
+    """The weights are rounded; the model that was given keeps its own. Of a prompt that is longer
+    than the window, only its end counts."""
     given, model = model, copy.deepcopy(model).bfloat16().float()
     prompt = torch.randint(65, (1, length), generator=torch.Generator().manual_seed(length))
-    seen, start = prompt, 0 if length <= 16 else length - 8
-    with torch.no_grad():
-        for _ in range(60):
-            if seen.size(1) - start > 16:
-                start = seen.size(1) - 8
-            seen = torch.cat((seen, model(seen[:, start:])[:, -1:].argmax(-1)), dim=1)
-    fast = torch.cat([prompt, *gpt.generate(given, prompt, 60, temperature=0)], dim=1)
+    seen = prompt[:, -16:]
+    for _ in range(60):
+        seen = torch.cat((seen, in_a_band(model, seen)[:, -1:].argmax(-1)), dim=1)
+    fast = torch.cat([prompt[:, -16:], *gpt.generate(given, prompt, 60, temperature=0)], dim=1)
     assert torch.equal(fast, seen)
+
+
+@pytest.mark.parametrize("sizes", [[17], [10, 7], [16, 2]])
+def test_past_the_window_several_ids_at_once_are_refused(model, sizes):
+    """Later ones would take places that earlier ones still need."""
+    idx = torch.zeros(1, sum(sizes)).long()
+    with pytest.raises(gpt.UserError, match="one id at a time"):
+        in_chunks(model, idx, sizes)
 
 
 def test_text_is_that_of_weights_rounded_to_bfloat16(model):

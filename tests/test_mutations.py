@@ -51,9 +51,9 @@ FAULTS = {
     "ReLU without its square": (".square()  # (B, T, 4C)", "  # (B, T, 4C)", FORMULA),
     "earlier characters forgotten by the cache":
         ("cache.recent.copy_(idx[:, -2:])", "pass", CACHE),
-    "cache position off by one": ("+= len(place)", "+= len(place) - 1", CACHE),
-    "cache not emptied when the window is full":
-        ("zero_()\n        read", "fill_(1)\n        read", WINDOW),
+    "cache position off by one": ("cache.length += T", "cache.length += T - 1", CACHE),
+    "past the window, the newest key takes the place of the last, not of the oldest":
+        ("place % kv.size(3)", "place.clamp(max=kv.size(3) - 1)", WINDOW),
     "weights not rounded to write": ("(model).bfloat16().float()", "(model)", ROUNDED),
     "embedding added up in bfloat16": ("table).float()", "table)", HALF),
     "targets not shifted": ("window[:, 1:]", "window[:, :-1]", BATCH),
@@ -68,7 +68,7 @@ FAULTS = {
         ("p.grad.lerp(average, momentum))", "p.grad.lerp(average, momentum) + p)", MUON),
     "no Nesterov": ("(p.grad.lerp(average, momentum))", "(average)", MUON),
     "top-p keeps one too few": (".cumsum(-1) - probs < top_p", ".cumsum(-1) < top_p", FILTERS),
-    "top-k keeps one too many": ("top_k or len(probs[0])", "top_k + 1 or len(probs[0])", FILTERS),
+    "top-k keeps one too many": ("top_k or logits", "top_k + 1 or logits", FILTERS),
     "temperature ignored": (") / temperature", ")", WARMTH),
     "every step the same batch": ("block_size // cut, step,", "block_size // cut, 0,", DRAWS),
     "batches read unevenly": ("(5**0.5 - 1) / 2", "0.5", EVEN),
