@@ -498,11 +498,12 @@ def generate(model, idx, max_new_tokens, temperature=1, top_k=0, top_p=1, seed=1
     check(temperature >= 0 and top_k >= 0 and 0 < top_p <= 1 and abs(seed) < 2**63, "temperature "
           "and top_k must be at least 0, top_p above 0 and at most 1, seed a number of 64 bits")
     device, idx = model.head.device, idx[:, -model.config.block_size:]
+    idx = idx.clone(memory_format=torch.contiguous_format)  # other strides would compile again
     generator, cache = torch.Generator().manual_seed(seed), KVCache(model.config, len(idx), device)
     model = fast = copy.deepcopy(model).bfloat16().float()
     if compile:  # one text on a CPU: reading weights takes most time, so keep 16 bits of each
         single = len(idx) == 1 and device.type == "cpu"
-        trial = idx[:, :1].to(device, copy=True), cache  # what it leaves there is overwritten
+        trial = torch.zeros(len(idx), 1, dtype=torch.long, device=device), cache
         fast = try_compile(copy.deepcopy(model).bfloat16() if single else model, "forward",
                            lambda it: it(*trial)) or model
         if fast is not model and device.type == "cuda":

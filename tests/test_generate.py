@@ -43,6 +43,14 @@ def test_compiled_text_is_the_uncompiled_also_past_the_window(model):
     assert torch.equal(*texts)
 
 
+def test_the_model_is_compiled_once(model, idx):
+    """Not again for the first character written, wherever in memory the prompt lies."""
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for prompt in (idx[:1, :3], idx[:1, :1], idx[:1, 3:4], torch.zeros(1, 1).long()):
+            assert len([*gpt.generate(model, prompt, 20, compile=True)]) == 20
+
+
 def test_text_without_a_compiler_is_that_of_the_plain_model(model, monkeypatch):
     """Not of the copy in bfloat16 that was to be compiled, which would write the same slowly."""
     used, forward = set(), gpt.GPT.forward
