@@ -469,10 +469,10 @@ def sample_next(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     logits = logits.cpu().double()  # in 64 bits, so that any temperature and top_p has an effect
     logits, ids = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))  # the highest first
     check(math.isfinite(logits[:, 0].sum()), "the model gives no numbers: damaged checkpoint?")
-    if temperature == 0:
-        return ids[:, :1]
-    probs = ((logits - logits[:, :1]) / temperature).softmax(-1)
-    ends = (probs * (probs.cumsum(-1) - probs < top_p)).cumsum(-1)  # those before don't reach it
+    probs = (logits / max(temperature, 1e-200)).softmax(-1)  # 0 leaves only the likeliest
+    if top_p < 1:
+        probs = probs * (probs.cumsum(-1) - probs < top_p)  # those before don't reach it
+    ends = probs.cumsum(-1)
     point = torch.rand(len(ends), 1, dtype=ends.dtype, generator=generator) * ends[:, -1:]
     return ids.gather(-1, torch.searchsorted(ends, point, right=True))
 

@@ -69,7 +69,7 @@ FAULTS = {
     "no Nesterov": ("(p.grad.lerp(average, momentum))", "(average)", MUON),
     "top-p keeps one too few": (".cumsum(-1) - probs < top_p", ".cumsum(-1) < top_p", FILTERS),
     "top-k keeps one too many": ("top_k or logits", "top_k + 1 or logits", FILTERS),
-    "temperature ignored": (") / temperature", ")", WARMTH),
+    "temperature ignored": ("(logits / max(temperature, 1e-200))", "logits", WARMTH),
     "every step the same batch": ("block_size // cut, step,", "block_size // cut, 0,", DRAWS),
     "batches read unevenly": ("(5**0.5 - 1) / 2", "0.5", EVEN),
     "train_temperature ignored": (" / config.train_temperature", "", TAUGHT),
