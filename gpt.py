@@ -184,8 +184,8 @@ def linear(x, weight):
     return F.linear(x, weight.to(x.dtype))
 
 class KVCache:
-    """For the last block_size of `length` ids: keys and values, (2, B, H, block_size, D) a layer;
-    and the last two ids themselves."""
+    """Keys and values of the last block_size of `length` ids, (2, B, H, block_size, D) a layer,
+    and the last two ids."""
     def __init__(self, config, batch_size, device):
         shape = 2, batch_size, config.n_head, config.block_size, config.n_embd // config.n_head
         self.kv = [torch.zeros(shape, device=device) for _ in range(config.n_layer)]
@@ -207,7 +207,7 @@ class GPT(nn.Module):
         self.head = nn.Parameter(torch.zeros(V, C))
 
     def block(self, x, place, cos, sin, mask, qkv, out, up, down, kv):
-        """One layer: x (B, T, C) after attention and MLP; adds keys and values to a cache's kv."""
+        """One layer: x (B, T, C) after attention and MLP; writes keys and values to a kv."""
         (B, T, C), H, p = x.shape, self.config.n_head, self.config.dropout * self.training
         qk, v = linear(norm(x), qkv).view(B, T, 3, H, -1).split([2, 1], dim=2)
         qk = rotary(norm(qk), cos[:, None, None], sin[:, None, None])  # QK norm; (B, T, 2, H, D)
@@ -222,8 +222,9 @@ class GPT(nn.Module):
 
     def stream(self, idx, place, shared, kv):
         """Logits for idx (B, 2 + T) without its first two, given what all layers share."""
+        tables = self.embedding[:self.config.block_size]  # those of characters seen in training
         shifts = (F.embedding(idx[:, 2 - i:idx.size(1) - i], table).float() * (place >= i)[:, None]
-                  for i, table in enumerate(self.embedding))
+                  for i, table in enumerate(tables))
         x = norm(sum(shifts))  # (B, T, C)
         for layer in zip(self.qkv, self.out, self.up, self.down, kv):
             x = self.block(x, place, *shared, *layer)
@@ -465,7 +466,7 @@ def train(config, data="", out_dir=OUT_DIR, resume=False, device="auto", dtype="
 # ---- sampling ------------------------------------------------------------------------------------
 def sample_next(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     """One id for each row of logits (B, V), int64 (B, 1) on the CPU. Temperature 0 takes the
-    likeliest. top_k 0 and top_p 1 keep all characters (top-p: Holtzman et al., 2020)."""
+    likeliest (of equals, any). top_k 0 and top_p 1 keep all (top-p: Holtzman et al., 2020)."""
     logits = logits.cpu().double()  # in 64 bits, so that any temperature and top_p has an effect
     logits, ids = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))  # the highest first
     check(math.isfinite(logits[:, 0].sum()), "the model gives no numbers: damaged checkpoint?")
@@ -493,8 +494,8 @@ def record(model, idx, cache):
 
 @torch.inference_mode()
 def generate(model, idx, max_new_tokens, temperature=1, top_k=0, top_p=1, seed=1, compile=False):
-    """Go on from idx (B, T), character by character: yields max_new_tokens ids (B, 1). Each layer
-    sees the last block_size characters. Works on a copy with weights rounded to bfloat16."""
+    """Go on from the last block_size of idx (B, T): yields max_new_tokens ids (B, 1), one by one.
+    Each layer sees the last block_size. Works on a copy with weights rounded to bfloat16."""
     check(temperature >= 0 and top_k >= 0 and 0 < top_p <= 1 and abs(seed) < 2**63, "temperature "
           "and top_k must be at least 0, top_p above 0 and at most 1, seed a number of 64 bits")
     device, idx = model.head.device, idx[:, -model.config.block_size:]

@@ -36,8 +36,9 @@ def test_weights_in_bfloat16_count_as_their_values_in_float32(model, idx, monkey
     assert torch.allclose(in_chunks(half, idx[:1], 1), expected, atol=1e-5)
 
 
-def test_compiled_text_is_the_uncompiled_also_past_the_window(model):
-    prompt = torch.randint(65, (2, 3), generator=torch.Generator().manual_seed(1))
+@pytest.mark.parametrize("batch", [1, 2])
+def test_compiled_text_is_the_uncompiled_also_past_the_window(model, batch):
+    prompt = torch.randint(65, (batch, 3), generator=torch.Generator().manual_seed(1))
     texts = [torch.cat([*gpt.generate(model, prompt, 40, compile=fast)], dim=1)
              for fast in (False, True)]
     assert torch.equal(*texts)
@@ -101,6 +102,23 @@ def test_past_the_window_several_ids_at_once_are_refused(model, sizes):
         in_chunks(model, idx, sizes)
 
 
+@pytest.mark.parametrize("block_size, used", [(1, 1), (2, 2), (3, 3)])
+def test_a_window_of_one_or_two_leaves_out_characters_never_seen_in_training(block_size, used):
+    """Tables that no training could reach must not add their random rows past the window."""
+    torch.manual_seed(0)
+    model = gpt.GPT(gpt.Config(n_layer=1, n_head=1, n_embd=8, block_size=block_size)).eval()
+    torch.nn.init.normal_(model.head)
+
+    def text():
+        it = gpt.generate(model, torch.zeros(8, 1).long(), 9, temperature=0)
+        return torch.cat([*it], dim=1)
+    before = text()
+    with torch.no_grad():
+        for i, table in reversed([*enumerate(model.embedding)]):
+            table.neg_()
+            assert torch.equal(text(), before) == (i >= used)
+
+
 def test_text_is_that_of_weights_rounded_to_bfloat16(model):
     """So many draws that other weights would change one of them."""
     rounded, prompt = copy.deepcopy(model).bfloat16().float(), torch.zeros(200, 1).long()
@@ -130,7 +148,7 @@ def drawn(**dials):
     (dict(top_p=0.35), {0}), (dict(top_p=0.65), {0, 1}), (dict(top_p=0.75), {0, 1, 2}),
     (dict(top_p=1e-300), {0}), (dict(temperature=0), {0}), (dict(temperature=1e-300), {0}),
     (dict(temperature=1e300), {0, 1, 2, 3}),
-    (dict(top_k=3, top_p=0.65), {0, 1})])
+    (dict(top_k=3, top_p=0.65), {0, 1}), (dict(top_k=2, top_p=0.5), {0})])
 def test_filters_exclude_what_they_should(dials, expected):
     assert drawn(**dials) == expected
 
