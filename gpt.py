@@ -184,11 +184,11 @@ def linear(x, weight):
     return F.linear(x, weight.to(x.dtype))
 
 class KVCache:
-    """Keys and values of the last block_size of `length` ids, (2, B, H, block_size, D) a layer,
-    and the last two ids."""
+    """For each layer, keys and values of the last block_size of `length` ids, two tensors
+    (B, H, block_size, D); and the last two ids."""
     def __init__(self, config, batch_size, device):
-        shape = 2, batch_size, config.n_head, config.block_size, config.n_embd // config.n_head
-        self.kv = [torch.zeros(shape, device=device) for _ in range(config.n_layer)]
+        shape = batch_size, config.n_head, config.block_size, config.n_embd // config.n_head
+        self.kv = [[torch.zeros(shape, device=device) for _ in "kv"] for _ in range(config.n_layer)]
         self.length = torch.zeros((), dtype=torch.long, device=device)
         self.recent = torch.zeros(batch_size, 2, dtype=torch.long, device=device)
 
@@ -213,7 +213,8 @@ class GPT(nn.Module):
         qk = rotary(norm(qk), cos[:, None, None], sin[:, None, None])  # QK norm; (B, T, 2, H, D)
         q, k, v = (z.transpose(1, 2) for z in (*qk.unbind(2), v.squeeze(2)))  # (B, H, T, D)
         if kv is not None:
-            k, v = kv.index_copy_(3, place % kv.size(3), torch.stack((k, v)))  # (B, H, S, D)
+            k, v = (old.index_copy_(2, place % old.size(2), new)  # (B, H, S, D)
+                    for old, new in zip(kv, (k, v)))
         y = attention(q, k, v, mask).transpose(1, 2).reshape(B, T, -1)  # (B, T, C)
         keep = F.dropout(x.new_ones(2, B, 1, C), p)  # one mask for all positions
         x = x + keep[0] * linear(y, out)
@@ -329,10 +330,13 @@ def try_compile(model, part, trial, graphs=False):
     """The model with its method `part` compiled; None, with a notice, if `trial` of it fails.
     With `graphs`, it runs as CUDA graphs, which the second trial records."""
     compiled = copy.copy(model)  # with the same weights
-    wide = torch.cpu.get_capabilities().get("avx512_f") and torch.is_grad_enabled()
-    options = {"cpp.simdlen": 256 if wide else None,  # at 512 bits, GCC 12 makes NaN of gradients
-               "triton.cudagraphs": graphs,
+    options = {"triton.cudagraphs": graphs,
                "cpp.vec_isa_ok": True}  # believe the CPU: compiling tests of it takes seconds
+    if model.head.is_cpu and not torch.is_grad_enabled():
+        options |= {"realize_reads_threshold": 0,  # compute once what several loops read
+                    "cpp.enable_floating_point_contract_flag": "fast"}  # x * y + z in one go
+    elif torch.cpu.get_capabilities().get("avx512_f"):
+        options["cpp.simdlen"] = 256  # at 512 bits, GCC 12 makes NaN of gradients
     try:
         setattr(compiled, part, torch.compile(getattr(model, part), dynamic=False, options=options))
         for _ in range(1 + graphs):

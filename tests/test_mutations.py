@@ -44,7 +44,7 @@ FAULTS = {
     "rotary angles of the keys shifted by one":
         ("cos[:, None, None], sin[:, None, None]",
          "*(torch.stack((t, t.roll(-1, 0)), 1)[:, :, None] for t in (cos, sin))", FORMULA),
-    "values turned too": ("torch.stack((k, v))", "torch.stack((k, rotary(v, cos, sin)))", CACHE),
+    "values turned too": ("zip(kv, (k, v))", "zip(kv, (k, rotary(v, cos, sin)))", CACHE),
     "no norm before the MLP": ("linear(norm(x), up)", "linear(x, up)", FORMULA),
     "no QK norm for the queries":
         ("(norm(qk),", "(torch.stack((qk[:, :, 0], norm(qk[:, :, 1])), 2),", FORMULA),
@@ -53,7 +53,7 @@ FAULTS = {
         ("cache.recent.copy_(idx[:, -2:])", "pass", CACHE),
     "cache position off by one": ("cache.length += T", "cache.length += T - 1", CACHE),
     "past the window, the newest key takes the place of the last, not of the oldest":
-        ("place % kv.size(3)", "place.clamp(max=kv.size(3) - 1)", WINDOW),
+        ("place % old.size(2)", "place.clamp(max=old.size(2) - 1)", WINDOW),
     "weights not rounded to write": ("(model).bfloat16().float()", "(model)", ROUNDED),
     "embedding added up in bfloat16": ("table).float()", "table)", HALF),
     "targets not shifted": ("window[:, 1:]", "window[:, :-1]", BATCH),
