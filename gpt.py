@@ -10,7 +10,7 @@ gpt_from_scratch.ipynb explains every line and writes this file: make changes th
 # requires-python = ">=3.11"
 # dependencies = ["torch>=2.11,<2.14", "numpy"]
 # ///
-import argparse, array, copy, hashlib, itertools, json, math, os, signal, sys, time, timeit
+import argparse, array, copy, hashlib, io, itertools, json, math, os, signal, sys, time, timeit
 import urllib.request
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -90,15 +90,22 @@ SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 def write(path, content):
     """Replace a file by bytes, or by a checkpoint: afterwards it is all old or all new."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = f"{path}.{os.getpid()}.tmp"
-    with open(temporary, "wb") as file:
-        file.write(content) if isinstance(content, bytes) else torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary, buffer = Path(f"{path}.{os.getpid()}.tmp"), io.BytesIO()
+    buffer.write(content) if isinstance(content, bytes) else torch.save(content, buffer)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:  # what a full disk cut off must not keep it full
+        temporary.unlink(missing_ok=True)
 
-def find_text():
-    """Path of tiny Shakespeare, downloaded if missing, or without a network of a bundled play."""
+def find_text(data=""):
+    """Path of the text `data`; unnamed, of tiny Shakespeare, which is downloaded if missing, or
+    without a network of a bundled play."""
+    if data and (Path(data) != TEXT or TEXT.exists()):
+        return Path(data)
     source = TEXT if TEXT.exists() else URL
     try:
         content = (TEXT.read_bytes() if source is TEXT else
@@ -207,7 +214,7 @@ class GPT(nn.Module):
         self.head = nn.Parameter(torch.zeros(V, C))
 
     def block(self, x, place, cos, sin, mask, qkv, out, up, down, kv):
-        """One layer: x (B, T, C) after attention and MLP; writes keys and values to a kv."""
+        """One layer: x (B, T, C) after attention and MLP. kv, a pair, takes its keys and values."""
         (B, T, C), H, p = x.shape, self.config.n_head, self.config.dropout * self.training
         qk, v = linear(norm(x), qkv).view(B, T, 3, H, -1).split([2, 1], dim=2)
         qk = rotary(norm(qk), cos[:, None, None], sin[:, None, None])  # QK norm; (B, T, 2, H, D)
@@ -223,7 +230,7 @@ class GPT(nn.Module):
 
     def stream(self, idx, place, shared, kv):
         """Logits for idx (B, 2 + T) without its first two, given what all layers share."""
-        tables = self.embedding[:self.config.block_size]  # those of characters seen in training
+        tables = self.embedding[:self.config.block_size]  # a window of 1 trains only the first
         shifts = (F.embedding(idx[:, 2 - i:idx.size(1) - i], table).float() * (place >= i)[:, None]
                   for i, table in enumerate(tables))
         x = norm(sum(shifts))  # (B, T, C)
@@ -352,13 +359,16 @@ def train(config, data="", out_dir=OUT_DIR, resume=False, device="auto", dtype="
     too (Hinton et al., 2015; Furlanello et al., 2018). A signal in `caught` saves and stops it."""
     begin = time.perf_counter()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    (device, dtype), path, out_dir = pick_device(device, dtype), data or find_text(), Path(out_dir)
+    (device, dtype), path, out_dir = pick_device(device, dtype), find_text(data), Path(out_dir)
+    check(world == 1 or device.type != "mps", "several processes need --device cpu, or GPUs")
     if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        check(local < torch.cuda.device_count(), "more processes than GPUs: lower --nproc_per_node")
+        torch.cuda.set_device(local)
     if world > 1 and not distributed.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         distributed.init_process_group(backend)
-    check(resume or not (out_dir / "last.pt").exists(),
+    check(resume or not any((out_dir / name).exists() for name in ("best.pt", "last.pt")),
           f"{out_dir} holds a run: --resume it, or name another --out_dir")
     tokenizer, train_data, val_data = load_text(path)
     config = replace(config, vocab_size=len(tokenizer.chars))
@@ -369,21 +379,25 @@ def train(config, data="", out_dir=OUT_DIR, resume=False, device="auto", dtype="
           f"{path} is too short for a block_size of {config.block_size}: lower it or use more text")
     check(config.batch_size % (world * parts) == 0, f"batch_size ({config.batch_size}) must be a "
           f"multiple of {world} processes x {parts} gradient_accumulation_steps")
-    sha256, teach = hashlib.sha256(Path(path).read_bytes()).hexdigest(), []
+    sha256, teach = hashlib.sha256(path.read_bytes()).hexdigest(), []
     for name in filter(None, teachers.split(",")):
         teacher, _, its = load(name, device)
         check(its["sha256"] == sha256 and teacher.config.block_size >= config.block_size,
               f"{name} can't teach this: it knows another text, or only shorter windows")
         teach.append(teacher)
+    out_dir.mkdir(parents=True, exist_ok=True)  # what can't be written must not be trained
+    check(os.access(out_dir, os.W_OK), f"{out_dir} can't be written to: name another --out_dir")
     torch.manual_seed(config.seed)
     model = GPT(config).to(device)
-    run = {"config": asdict(config), "chars": tokenizer.chars, "data": str(path), "sha256": sha256,
+    run = {"config": asdict(config), "chars": tokenizer.chars, "teachers": teachers,
+           "data": path.as_posix(), "sha256": sha256,
            "train_characters": len(train_data), "val_characters": len(val_data),
-           "parameters": sum(p.numel() for p in model.parameters()), "teachers": teachers,
+           "parameters": sum(p.numel() for p in model.parameters()),
            "device": str(device), "precision": str(dtype)[6:], "processes": world,
            "torch": str(torch.__version__), "metrics": []}
     if resume:
         model, _, saved = load(out_dir / "last.pt", "cpu")  # where AdamW wants its step counts
+        check("state" in saved, f"{out_dir}/last.pt is the copy of a best.pt: it can't be resumed")
         old, new = ({**r["config"], "text": r["sha256"], "teachers": r.get("teachers")}
                     for r in (saved, run))
         changed = [key for key in new if old.get(key) != new[key]]
@@ -408,8 +422,9 @@ def train(config, data="", out_dir=OUT_DIR, resume=False, device="auto", dtype="
     print(f"{run['parameters']:,} parameters, {device}, {run['precision']}, "
           f"{len(train_data):,} characters of {path}{', compiled' * run['compiled']}", file=LOG)
     forward = autocast(nn.parallel.DistributedDataParallel(forward) if world > 1 else forward)
-    last = run["metrics"][-1] if resume else {"step": 0, "seconds": 0.0}
-    begin, loss_sum, since = begin - last["seconds"], 0.0, time.perf_counter()
+    last, loss_sum, since = {"step": 0, "seconds": 0.0}, 0.0, time.perf_counter()
+    if resume:  # starting again costs none of the time that was left
+        last, begin = run["metrics"][-1], since - run["metrics"][-1]["seconds"]
     for step in itertools.count(last["step"]):
         minutes = (time.perf_counter() - begin) / 60
         done = minutes / config.minutes if config.minutes else step / config.max_iters
@@ -421,13 +436,13 @@ def train(config, data="", out_dir=OUT_DIR, resume=False, device="auto", dtype="
         over = step > 0 and (done >= 1 or stop)
         if rank == 0 and step > last["step"] and (over or step % interval == 0):
             train_loss = float(loss_sum) / (step - last["step"])  # waits for the device
-            check(math.isfinite(train_loss), f"the loss is {train_loss} by step {step}: start "
-                  "again with a lower learning_rate in another --out_dir")
-            check(scaler.get_scale() > 1e-3, "float16 overflows: start again, or --resume what was "
-                  "saved, with --dtype float32")
             now = time.perf_counter()
             val_loss = evaluate(model.eval(), val_data, config.block_size)
             model.train()
+            check(math.isfinite(train_loss + val_loss), f"the loss is {train_loss + val_loss} by "
+                  f"step {step}: start again with a lower learning_rate in another --out_dir")
+            check(scaler.get_scale() > 1e-3, "float16 overflows: start again, or --resume what was "
+                  "saved, with --dtype float32")
             speed = (step - last["step"]) * tokens / (now - since)
             last = {"step": step, "tokens": step * tokens, "seconds": now - begin,
                     "train_loss": train_loss, "val_loss": val_loss,
@@ -579,13 +594,18 @@ def main(argv=None):
             return 128 + caught[0] if caught else 0
         model, tokenizer, saved = load(args.checkpoint, device)
         if command == "evaluate":
-            _, _, val_data = load_text(args.data or saved["data"], tokenizer)
+            path = find_text(args.data or saved["data"])
+            same = hashlib.sha256(path.read_bytes()).hexdigest() == saved["sha256"]
+            check(args.data or same, f"{path} is not what was trained on: name a text with --data")
+            _, _, val_data = load_text(path, tokenizer)
             loss = evaluate(model, val_data.to(device), model.config.block_size)
             print(f"{loss:.5f} nats and {loss / math.log(2):.5f} bits per character, "
                   f"perplexity {math.exp(min(loss, 700)):.4f}", flush=True)
             return 0
         if args.prompt_file:
             args.prompt = Path(args.prompt_file).read_text("utf-8-sig", "replace")
+        elif "prompt" not in given and "\n" not in tokenizer.ids:  # a text without line breaks
+            args.prompt = tokenizer.chars[0]
         sys.stdout.reconfigure(encoding="utf-8")
         idx = tokenizer.encode(args.prompt).long()[None]
         compile = {"on": True, "off": False}.get(args.compile, args.max_new_tokens >= 10_000)
@@ -603,6 +623,10 @@ def main(argv=None):
     except BrokenPipeError:  # who reads, head say, has enough; nothing may be flushed at the end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except torch.OutOfMemoryError:
+        print("error: out of memory: raise --gradient_accumulation_steps or lower --batch_size",
+              file=sys.stderr)
+        return 2
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

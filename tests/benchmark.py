@@ -10,7 +10,7 @@
 Each repetition is a process of its own, so that none finds another's memory or threads, and the
 measurements take turns (A B A B), so that noise hits them alike. The result file keeps all values
 beside their conditions; a run replaces only what it measures."""
-import argparse, hashlib, importlib, json, math, os, platform, re, resource
+import argparse, hashlib, importlib, json, math, os, platform, re
 import statistics, subprocess, sys, sysconfig, tempfile, time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -157,6 +157,7 @@ def train(config, device, dtype, engine, seconds, compiled=False):
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model.eval()(x[:1, :1])
     cost = 3 * counter.get_total_flops() + 12 * config.n_layer * config.n_embd * T
+    import resource  # here, since Windows has none
     unit = 2**20 if sys.platform == "darwin" else 2**10  # of ru_maxrss: bytes or KiB
     figures = {"tokens/s": speed, "model GFLOP/s": speed * cost / 1e9, "steps timed": steps,
                "peak MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit,
@@ -165,6 +166,36 @@ def train(config, device, dtype, engine, seconds, compiled=False):
         figures["peak MiB on the GPU"] = torch.cuda.max_memory_allocated() / 2**20
     return figures, found | {"parameters": sum(p.numel() for p in model.parameters()),
                              "MFLOP per token": round(cost / 1e6, 2)}
+
+
+def profile(config, device, dtype, engine):
+    """Where the time of a training step goes on a CPU: per cent in matrix products, forward and
+    backward, in the optimizers, and in all the rest."""
+    tokenizer, data, _ = gpt.load_text(gpt.find_text())
+    config = replace(config, vocab_size=len(tokenizer.chars))
+    batches = [gpt.get_batch(data, config.batch_size, config.block_size, i) for i in range(8)]
+    _, step, found = training_step(engine, config, device, dtype, batches[0][0], False)
+    for batch in batches[:3]:
+        step(*batch)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        for batch in batches[3:]:
+            with torch.profiler.record_function("step"):
+                step(*batch)
+
+    def in_optimizer(event):
+        return event and ("Optimizer.step" in event.name or in_optimizer(event.cpu_parent))
+
+    spent = dict.fromkeys(("step", "products", "optimizers"), 0)
+    for event in profiler.events():
+        if event.name == "step":
+            spent["step"] += event.cpu_time_total
+        elif "Optimizer.step" in event.name:
+            spent["optimizers"] += event.cpu_time_total
+        elif (event.name in ("aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm")
+              and not in_optimizer(event)):
+            spent["products"] += event.self_cpu_time_total
+    shares = {f"% in {name}": 100 * spent[name] / spent["step"] for name in [*spent][1:]}
+    return shares | {"% in the rest": 100 - sum(shares.values())}, found
 
 
 @torch.no_grad()
@@ -292,7 +323,7 @@ def texts(config, device, dtype, engine, text, minutes):
 
 
 # ---- taking turns, and showing what was found ----------------------------------------------------
-KINDS = {f.__name__: f for f in (machine, train, generate, start, target, texts)}
+KINDS = {f.__name__: f for f in (machine, train, profile, generate, start, target, texts)}
 WORDS = {"n_layer": "layers", "n_head": "heads", "n_embd": "channels", "block_size": "context",
          "batch_size": "batch", "dropout": "dropout"}
 
@@ -308,6 +339,8 @@ def plan(args, device):
     rows += [("train", "nanoGPT", size, dropout, timed | {"compiled": compiled})
              for size, dropout in ((64, 0.2), (batch, 0.2), (batch, 0.0))
              for compiled in (False, True)]
+    if device.type == "cpu":  # kernels on a GPU run later than Python starts them
+        rows += [("profile", "gpt.py", batch, config.dropout, {})]
     rows += [("generate", engine, size, 0.0, {}) for size in (1, 16)
              for engine in ("gpt.py, compiled", "gpt.py, cached", "gpt.py, uncached", "nanoGPT")]
     jobs = {}
@@ -352,6 +385,8 @@ def summary(values):
 SHOWN = {"machine": [], "start": [],  # all their figures
          "train": ["engine", "batch", "dropout", "precision", "compiled", "tokens/s",
                    "model GFLOP/s", "peak MiB"],
+         "profile": ["engine", "batch", "dropout", "precision", "compiled", "% in products",
+                     "% in optimizers", "% in the rest"],
          "generate": ["engine", "batch", "tokens/s within", "tokens/s past",
                       "ms to first, prompt of 1", "s to compile"],
          "target": ["minutes", "loss", "seeds", "s to target", "s of steps to target", "steps",

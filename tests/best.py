@@ -5,6 +5,7 @@ it, the same without teachers. An hour and a half on two cores; the rows go to o
 
 Runs are kept in outputs/runs/best. What is finished there is not trained again, and what was
 interrupted goes on."""
+import argparse
 import json
 import os
 import subprocess
@@ -41,6 +42,8 @@ def train(name):
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__,
+                            formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     os.chdir(ROOT)
     with ThreadPoolExecutor(os.cpu_count() if ON_CPU else 1) as pool:
         runs = {name: run for names in (TEACHERS, STUDENTS, UNTAUGHT)

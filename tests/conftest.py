@@ -2,6 +2,7 @@
 from dataclasses import replace
 from pathlib import Path
 import os
+import shutil
 import subprocess
 import sys
 
@@ -50,7 +51,23 @@ def train(config, text_file, tmp_path):
         out_dir = tmp_path / name
         return gpt.train(replace(config, **changes), text_file, out_dir, resume, "cpu", dtype,
                          "off", teachers), out_dir
+    run.folder = tmp_path
     return run
+
+
+@pytest.fixture
+def compiles(monkeypatch):
+    """gpt.try_compile must succeed, so that nothing is compared with itself."""
+    if not shutil.which("g++"):
+        pytest.skip("no C++ compiler here")
+    attempt = gpt.try_compile
+
+    def run(*args, **options):
+        compiled = attempt(*args, **options)
+        assert compiled is not None
+        return compiled
+
+    monkeypatch.setattr(gpt, "try_compile", run)
 
 
 @pytest.fixture

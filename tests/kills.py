@@ -11,6 +11,7 @@ starts, until all kills are done. One line for each kill; exit status 1 if anyth
 import argparse
 import json
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -33,6 +34,7 @@ def start(out_dir, steps):
     if (out_dir / "last.pt").exists():
         words += ["--resume"]
     else:
+        shutil.rmtree(out_dir, ignore_errors=True)  # a best.pt alone would be refused
         words += ["--data", ROOT / gpt.BUNDLED, "--max_iters", steps, *FLAGS]
     return subprocess.Popen([sys.executable, ROOT / "gpt.py", *map(str, words)],
                             stderr=subprocess.PIPE, text=True)

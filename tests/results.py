@@ -2,10 +2,10 @@
 
     python tests/results.py            # print them
     python tests/results.py --write    # and put them into README.md, between their marks"""
+import argparse
 import json
 import math
 import statistics
-import sys
 import textwrap
 
 import benchmark
@@ -149,7 +149,9 @@ def filled(readme):
 
 
 def main():
-    if sys.argv[1:] == ["--write"]:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--write", action="store_true", help="put them into README.md")
+    if parser.parse_args().write:
         path = ROOT / "README.md"
         path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8", newline="\n")
     print(*(table() for table in TABLES.values()), sep="\n\n")

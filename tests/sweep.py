@@ -2,6 +2,7 @@
 characters, one seed. Ten minutes on two cores; the rows go to outputs/sweep.csv.
 
     python tests/sweep.py"""
+import argparse
 import csv
 import io
 import json
@@ -36,6 +37,8 @@ def run(parameters):
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__,
+                            formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     os.environ |= {"GPT_FAST": "1", "OMP_NUM_THREADS": "1"}  # a core for each run
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         rows = list(pool.map(run, [size | budget for size in reversed(SIZES)

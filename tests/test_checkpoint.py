@@ -1,3 +1,4 @@
+import hashlib
 import json
 import pickle
 import signal
@@ -61,6 +62,7 @@ def test_a_resumed_run_keeps_its_teachers_and_number_format(train, monkeypatch, 
     assert not same(weights(whole), weights(alone))
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
 def test_killed_run_resumes_to_the_same_weights(tmp_path, text_file, train):
     """kill -9 in the middle, then --resume: the weights of a run that was never killed."""
     shape = ["--n_layer", 2, "--n_head", 2, "--n_embd", 32, "--block_size", 16, "--batch_size", 4,
@@ -81,6 +83,7 @@ def test_killed_run_resumes_to_the_same_weights(tmp_path, text_file, train):
     assert same(weights(whole), weights(tmp_path / "killed"))
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGINT for one process")
 def test_interrupted_run_saves_and_says_130(tmp_path, text_file):
     command = [sys.executable, ROOT / "gpt.py", "train", "--data", text_file, "--out_dir",
                tmp_path / "run", "--n_layer", 1, "--n_embd", 32, "--block_size", 16,
@@ -94,6 +97,40 @@ def test_interrupted_run_saves_and_says_130(tmp_path, text_file):
     assert "--resume" in rest
     saved = torch.load(tmp_path / "run/last.pt", weights_only=True)
     assert saved["step"] >= 20 and "state" in saved
+
+
+def test_the_time_that_was_left_is_not_spent_on_starting_again(train, monkeypatch):
+    repair = cut_at(monkeypatch, 6)
+    with pytest.raises(RuntimeError, match="cut"):
+        train("run", minutes=1.0)
+    repair()
+    saved = torch.load(train.folder / "run/last.pt", weights_only=True)
+    saved["metrics"][-1]["seconds"] = 59.9
+    torch.save(saved, train.folder / "run/last.pt")
+    load = gpt.load
+    monkeypatch.setattr(gpt, "load", lambda *args: time.sleep(0.2) or load(*args))
+    run, _ = train("run", resume=True, minutes=1.0)
+    assert run["step"] > saved["step"] and run["seconds"] >= 60
+
+
+def test_a_run_goes_on_where_its_text_is_not_yet(tmp_path, monkeypatch):
+    """On a new machine, tiny Shakespeare is fetched again; another text is refused."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(gpt.signal, "signal", lambda *args: None)
+    text = (ROOT / gpt.BUNDLED).read_bytes()[:4000]
+    monkeypatch.setattr(gpt, "SHA256", hashlib.sha256(text).hexdigest())
+    (tmp_path / "site").write_bytes(text)
+    monkeypatch.setattr(gpt, "URL", (tmp_path / "site").as_uri())
+    words = ["train", "--n_layer", 1, "--n_embd", 16, "--n_head", 2, "--block_size", 16,
+             "--max_iters", 4, "--device", "cpu", "--compile", "off", "--out_dir", "run"]
+    assert gpt.main([*map(str, words)]) == 0
+    for command in (["train", "--resume", "--out_dir", "run"],
+                    ["evaluate", "--checkpoint", "run/best.pt"]):
+        gpt.TEXT.unlink()
+        assert gpt.main(command) == 0 and gpt.TEXT.read_bytes() == text
+        gpt.TEXT.write_bytes(text + b"more")
+        assert gpt.main(command) == 2
+    assert gpt.main([*command, "--data", str(gpt.TEXT)]) == 0
 
 
 def test_a_run_in_float32_goes_on_in_float16(train, monkeypatch):
@@ -111,12 +148,18 @@ def test_best_is_without_optimizers_and_last_with(train):
     assert len(torch.load(out_dir / "last.pt", weights_only=True)["state"]) == 3
 
 
-def test_a_failed_save_leaves_the_old_file(tmp_path):
+@pytest.mark.parametrize("content", [b"new", {"a checkpoint": torch.zeros(3)}])
+def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, content):
     path = tmp_path / "file"
     gpt.write(path, b"old")
-    with pytest.raises(AttributeError):
-        gpt.write(path, {"not to be saved": lambda: 0})
-    assert path.read_bytes() == b"old"
+
+    def full(file):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(gpt.os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        gpt.write(path, content)
+    assert path.read_bytes() == b"old" and [*tmp_path.iterdir()] == [path]
 
 
 def test_hostile_files_are_refused_and_run_nothing(tmp_path):

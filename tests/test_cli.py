@@ -63,6 +63,13 @@ def test_resume_needs_no_flags(cli, trained):
     assert done.returncode == 0, done.stderr
 
 
+def test_a_text_without_line_breaks_begins_with_its_first_character(cli, tmp_path):
+    (tmp_path / "line.txt").write_text("dcba " * 200)
+    assert cli("train", "--data", "line.txt", "--out_dir", "line", *SMALL).returncode == 0
+    done = cli("generate", "--checkpoint", "line/best.pt", "--max_new_tokens", 5)
+    assert done.returncode == 0 and len(done.stdout) == 1 + 5 + 1 and done.stdout[0] == " "
+
+
 def test_prompt_file(cli, trained, tmp_path):
     (tmp_path / "prompt.txt").write_text("O sea, ", encoding="utf-8")
     done = cli("generate", "--checkpoint", trained / "best.pt", "--prompt_file", "prompt.txt",
@@ -93,7 +100,10 @@ MISTAKES = [  # words on the command line, what the line must name
     (("train", "--device", "toaster"), "toaster"),
     (("train", "--dtype", "int8"), "int8"),
     (("train", "--data", "text.txt", "--out_dir", "run"), "--resume"),
-    (("train", "--out_dir", "nothing", "--resume"), "nothing/last.pt"),
+    (("train", "--data", "text.txt", "--out_dir", "kept"), "--resume"),
+    (("train", "--data", "text.txt", "--out_dir", "text.txt"), "text.txt"),
+    (("train", "--out_dir", "nothing", "--resume"), "last.pt"),
+    (("train", "--out_dir", "copied", "--resume"), "copy of a best.pt"),
     (("train", "--data", "text.txt", "--out_dir", "run", "--resume", "--n_layer", 2),
      "another n_layer"),
     (("train", "--data", "text.txt", "--out_dir", "run", "--resume", "--teachers", "run/best.pt"),
@@ -127,6 +137,8 @@ def test_a_mistake_is_one_line_status_2_and_changes_nothing(trained, tmp_path, t
     (tmp_path / "tiny.txt").write_text("a")
     (tmp_path / "other.txt").write_text("Straße " * 100, encoding="utf-8")
     (tmp_path / "cut.pt").write_bytes((trained / "best.pt").read_bytes()[:2000])
+    gpt.write(tmp_path / "kept/best.pt", (trained / "best.pt").read_bytes())
+    gpt.write(tmp_path / "copied/last.pt", (trained / "best.pt").read_bytes())
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(gpt.signal, "signal", lambda *args: None)
     monkeypatch.setattr(gpt.torch.cuda, "is_available", lambda: False)
@@ -139,6 +151,17 @@ def test_a_mistake_is_one_line_status_2_and_changes_nothing(trained, tmp_path, t
         assert (status, shown.out, shown.err.count("\n")) == (2, "", 1), (words, shown.err)
         assert shown.err.startswith("error: ") and named in shown.err, (words, shown.err)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_memory_that_is_full_is_one_line_status_2(monkeypatch, capsys):
+    def full(*args, **options):
+        raise gpt.torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20 GiB.")
+
+    monkeypatch.setattr(gpt, "train", full)
+    monkeypatch.setattr(gpt.signal, "signal", lambda *args: None)
+    assert gpt.main(["train"]) == 2
+    shown = capsys.readouterr().err
+    assert shown.count("\n") == 1 and "--gradient_accumulation_steps" in shown
 
 
 def test_a_mistake_in_a_process_of_its_own(cli):

@@ -37,14 +37,14 @@ def test_weights_in_bfloat16_count_as_their_values_in_float32(model, idx, monkey
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-def test_compiled_text_is_the_uncompiled_also_past_the_window(model, batch):
+def test_compiled_text_is_the_uncompiled_also_past_the_window(model, batch, compiles):
     prompt = torch.randint(65, (batch, 3), generator=torch.Generator().manual_seed(1))
     texts = [torch.cat([*gpt.generate(model, prompt, 40, compile=fast)], dim=1)
              for fast in (False, True)]
     assert torch.equal(*texts)
 
 
-def test_the_model_is_compiled_once(model, idx):
+def test_the_model_is_compiled_once(model, idx, compiles):
     """Not again for the first character written, wherever in memory the prompt lies."""
     torch._dynamo.reset()
     with torch._dynamo.config.patch(error_on_recompile=True):

@@ -28,7 +28,7 @@ def test_compiled_training_is_the_plain_one(on_gpu, changes):
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 3)])
-def test_a_recorded_text_is_the_plain_one(model, shape):
+def test_a_recorded_text_is_the_plain_one(model, shape, compiles):
     prompt = torch.randint(65, shape, generator=torch.Generator().manual_seed(1)).cuda()
     before = prompt.clone()
     texts = [torch.cat([*gpt.generate(model.cuda(), prompt, 40, temperature=0, compile=fast)], 1)

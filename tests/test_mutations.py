@@ -80,7 +80,7 @@ FAULTS = {
     "optimizers not resumed":
         ("keeper.load_state_dict(state or keeper.state_dict())", "pass", RESUME),
     "saving straight into the file":
-        ("temporary = f\"{path}.{os.getpid()}.tmp\"", "temporary = path", SAVED)}
+        ("Path(f\"{path}.{os.getpid()}.tmp\")", "path", SAVED)}
 
 
 def red(folder, source, *tests):
