@@ -110,7 +110,8 @@ def test_float16_overflows_are_skipped(train, monkeypatch):
 
 def test_float16_that_always_overflows_stops(train, monkeypatch):
     cross_entropy = F.cross_entropy
-    monkeypatch.setattr(F, "cross_entropy", lambda *args: cross_entropy(*args) * 1e30)
+    monkeypatch.setattr(F, "cross_entropy",
+                        lambda *args, **options: cross_entropy(*args, **options) * 1e30)
     with pytest.raises(gpt.UserError, match="float16 overflows"):
         train("run", dtype="float16", max_iters=60, eval_interval=1000)
 
