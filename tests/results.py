@@ -107,8 +107,8 @@ def headline():
         f"(mean of 2 seeds, windows of 512; {mean('student', 256):.4f} on windows of 256). The "
         f"same training without teachers ends at {mean('untaught'):.4f}.",
         f"**Training {ahead_in('bfloat16')} times as fast as nanoGPT** at its shape, on CPUs that "
-        f"are fast in bfloat16 (nanoGPT computes in float32, and with dropout; without, it is "
-        f"{alike:.1f} times); "
+        "are fast in bfloat16 (nanoGPT computes in float32, and with dropout; without dropout in "
+        f"either, it is {alike:.1f} times on {writer}); "
         f"{ahead_in('float32')} times where both compute in float32, {ahead:.1f} times on the "
         f"{gpu}, both in bfloat16.",
         f"**Writing {past:.0f} times as fast as nanoGPT** past the window, once compiled, and "
