@@ -31,7 +31,7 @@ WHOLE = "test_train.py::test_evaluate_covers_every_character_once"
 TRACE = "test_train.py::test_evaluation_leaves_no_trace"
 PARTS = "test_train.py::test_accumulated_gradients_are_those_of_the_whole_batch"
 RESUME = "test_checkpoint.py::test_resumed_is_uninterrupted"
-SAVED = "test_checkpoint.py::test_a_failed_save_leaves_the_old_file"
+SAVED = "test_checkpoint.py::test_a_failed_save_leaves_the_old_file_and_nothing_else"
 
 FAULTS = {
     "no mask while training": ("scale + mask).to", "scale).to", EXPLICIT),
