@@ -23,11 +23,16 @@ import gpt
 
 ROOT = Path(gpt.__file__).parent
 SHAPES = {"nanogpt": dict(n_layer=6, n_head=6, n_embd=384, block_size=256, batch_size=16),
-          "cpu": gpt.PRESETS["cpu"],
+          "cpu": gpt.CPU,
           "nanogpt on a cpu": dict(n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=12,
                                    dropout=0.0),
           "gpt2": dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=2),
           "tiny": dict(n_layer=2, n_head=2, n_embd=32, block_size=32, batch_size=4)}  # for a try
+
+
+def preset(device):
+    """Where what `gpt.py train` takes on a device differs from Config's defaults."""
+    return gpt.CPU if device.type == "cpu" else {}
 
 
 def clock(device):
@@ -42,6 +47,11 @@ def seconds_of(work, items, device):
     for item in items:
         work(item)
     return (clock(device) - begin) / len(items)
+
+
+def count(model):
+    """Number of parameters."""
+    return sum(p.numel() for p in model.parameters())
 
 
 # ---- three models, and a training step of each ---------------------------------------------------
@@ -68,13 +78,23 @@ def nano_gpt(config):
     return module.GPT(module.GPTConfig(**{key: getattr(config, key) for key in shape}, bias=False))
 
 
-def training_step(engine, config, device, dtype, x, compiled):
-    """The model, a function that trains it on a batch (x, y), and what was chosen. Three ways:
-    gpt.py as in gpt.train, which this must follow; the classic in float32 with plain AdamW; nanoGPT
-    as in its train.py with config/train_shakespeare_char.py, on a CPU in float32."""
+def training_step(engine, config, device, dtype, data, compiled=False):
+    """The model, a function that trains it for step i, and what was chosen. Three ways: gpt.py's
+    own train_step, compiled as in gpt.train, on whole windows; the classic in float32 with plain
+    AdamW; nanoGPT as in its train.py with config/train_shakespeare_char.py, on a CPU in float32."""
+    if engine == "classic" or engine == "nanoGPT" and device.type == "cpu":
+        dtype = torch.float32
     if engine == "gpt.py":
-        model = gpt.GPT(config).to(device).train()
-        optimizers = gpt.make_optimizers(model, config)
+        config = replace(config, dtype=str(dtype)[6:], short_fraction=0.0)
+        model = gpt.GPT(config).to(device)
+        optimizers, compiled = gpt.make_optimizers(model, config), True
+        try:
+            for block in model.blocks:
+                block.compile(dynamic=False)
+            gpt.train_step(model, (), data, config, 0, 0)
+        except Exception:  # as in gpt.train
+            torch.compiler.set_stance("force_eager")
+            compiled = False
     elif engine == "nanoGPT":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         model = nano_gpt(config).to(device)
@@ -82,36 +102,27 @@ def training_step(engine, config, device, dtype, x, compiled):
     else:
         model = classic_gpt(config).to(device)
         optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-3)]
-    if engine == "classic" or engine == "nanoGPT" and device.type == "cpu":
-        dtype = torch.float32
+    forward = torch.compile(model) if compiled and engine == "nanoGPT" else model
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
-    autocast = torch.autocast(device.type, dtype, enabled=dtype is not torch.float32)
-    forward = torch.compile(model) if compiled else model
-    if engine == "gpt.py":
-        part = "stream" if device.type == "cuda" else "block"
-        forward = gpt.try_compile(
-            model, part, lambda it: (model.zero_grad(), autocast(it)(x).sum().backward()),
-            graphs=device.type == "cuda") or model
-        model.zero_grad()
-    found = {"precision": str(dtype)[6:], "compiled": forward is not model,
-             "optimizer": " and ".join(type(optimizer).__name__ for optimizer in optimizers)}
-    forward = autocast(forward)
 
-    def step(x, y):
-        if engine == "nanoGPT":
-            loss = forward(x, y.contiguous())[1]
-        else:
-            loss = F.cross_entropy(forward(x).flatten(0, 1).float(), y.flatten())
+    def step(i):
+        if engine == "gpt.py":
+            return gpt.train_step(model, optimizers, data, config, i, 0)
+        x, y = gpt.get_batch(data, config.batch_size, config.block_size, i)
+        with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
+            loss = (forward(x, y.contiguous())[1] if engine == "nanoGPT" else
+                    F.cross_entropy(forward(x).flatten(0, 1), y.flatten()))
         scaler.scale(loss).backward()
         if engine == "nanoGPT":
             scaler.unscale_(optimizers[0])
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            autocast(scaler.step)(optimizer)
+        scaler.step(optimizers[0])
         scaler.update()
         model.zero_grad()
 
-    return model, step, found
+    return model, step, {
+        "precision": str(dtype)[6:], "compiled": compiled,
+        "optimizer": " and ".join(type(optimizer).__name__ for optimizer in optimizers)}
 
 
 # ---- measurements: each returns figures, and conditions that only it knows -----------------------
@@ -136,27 +147,24 @@ def machine(config, device, dtype):
 
 def train(config, device, dtype, engine, seconds, compiled=False):
     """Speed and peak memory of training steps, after three that don't count."""
-    tokenizer, data, _ = gpt.load_text(gpt.find_text())
-    config, data = replace(config, vocab_size=len(tokenizer.chars)), data.to(device)
-    B, T = config.batch_size, config.block_size
-    begin, x = clock(device), gpt.get_batch(data, B, T, 0)[0]
-    model, step, found = training_step(engine, config, device, dtype, x, compiled)
-
-    def work(i):
-        step(*gpt.get_batch(data, B, T, i))
-
-    work(0)
+    _, chars, data, _, _ = gpt.load_text()
+    config, data = replace(config, vocab_size=len(chars)), data.to(device)
+    begin = clock(device)
+    model, step, found = training_step(engine, config, device, dtype, data, compiled)
+    step(0)
     first = clock(device) - begin
-    steps = max(2, round(seconds / seconds_of(work, range(2), device)))
-    speed = B * T / seconds_of(work, range(steps), device)
+    steps = max(2, round(seconds / seconds_of(step, range(2), device)))
+    speed = config.batch_size * config.block_size / seconds_of(step, range(steps), device)
     # Model operations per token, by the convention of PaLM (Chowdhery et al., 2022, appendix B),
     # also that of nanoGPT's estimate_mfu: 6 for each parameter in a matrix product and 12 L C T for
     # attention, not halved for its mask; lookups and optimizers don't count. Half of the operations
     # of one character's way forward are such parameters (and 2 L C, 0.04 %, where PyTorch counts
     # fused attention).
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model.eval()(x[:1, :1])
-    cost = 3 * counter.get_total_flops() + 12 * config.n_layer * config.n_embd * T
+    with (torch.no_grad(), torch.compiler.set_stance("force_eager"),
+          FlopCounterMode(display=False) as counter):
+        model.eval()(data[None, :1])
+    cost = (3 * counter.get_total_flops() +
+            12 * config.n_layer * config.n_embd * config.block_size)
     import resource  # here, since Windows has none
     unit = 2**20 if sys.platform == "darwin" else 2**10  # of ru_maxrss: bytes or KiB
     figures = {"tokens/s": speed, "model GFLOP/s": speed * cost / 1e9, "steps timed": steps,
@@ -164,23 +172,21 @@ def train(config, device, dtype, engine, seconds, compiled=False):
                "s to build, compile, first step": first}
     if device.type == "cuda":
         figures["peak MiB on the GPU"] = torch.cuda.max_memory_allocated() / 2**20
-    return figures, found | {"parameters": sum(p.numel() for p in model.parameters()),
-                             "MFLOP per token": round(cost / 1e6, 2)}
+    return figures, found | {"parameters": count(model), "MFLOP per token": round(cost / 1e6, 2)}
 
 
 def profile(config, device, dtype, engine):
-    """Where the time of a training step goes on a CPU: per cent in matrix products, forward and
-    backward, in the optimizers, and in all the rest."""
-    tokenizer, data, _ = gpt.load_text(gpt.find_text())
-    config = replace(config, vocab_size=len(tokenizer.chars))
-    batches = [gpt.get_batch(data, config.batch_size, config.block_size, i) for i in range(8)]
-    _, step, found = training_step(engine, config, device, dtype, batches[0][0], False)
-    for batch in batches[:3]:
-        step(*batch)
+    """Where the time of a training step goes on a CPU: per cent in matrix products and in fused
+    attention, forward and backward, in the optimizers, and in all the rest."""
+    _, chars, data, _, _ = gpt.load_text()
+    config = replace(config, vocab_size=len(chars))
+    _, step, found = training_step(engine, config, device, dtype, data)
+    for i in range(3):
+        step(i)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-        for batch in batches[3:]:
+        for i in range(3, 8):
             with torch.profiler.record_function("step"):
-                step(*batch)
+                step(i)
 
     def in_optimizer(event):
         return event and ("Optimizer.step" in event.name or in_optimizer(event.cpu_parent))
@@ -191,7 +197,7 @@ def profile(config, device, dtype, engine):
             spent["step"] += event.cpu_time_total
         elif "Optimizer.step" in event.name:
             spent["optimizers"] += event.cpu_time_total
-        elif (event.name in ("aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm")
+        elif (re.fullmatch(r"aten::((ba)?(add)?b?mm|.*scaled_dot_product.*)", event.name)
               and not in_optimizer(event)):
             spent["products"] += event.self_cpu_time_total
     shares = {f"% in {name}": 100 * spent[name] / spent["step"] for name in [*spent][1:]}
@@ -206,22 +212,18 @@ def generate(config, device, dtype, engine, past=1000, stride=8):
     model = nano_gpt(config) if engine == "nanoGPT" else gpt.GPT(config)
     model = model.to(device).eval()
     text = torch.randint(config.vocab_size, (B, T)).to(device)
-    compiled = engine == "gpt.py, compiled"
 
     def one_more(idx):
         if engine == "nanoGPT":
             return model.generate(idx, 1)
         if engine != "gpt.py, uncached":
-            return next(gpt.generate(model, idx, 1, compile=compiled))
+            return next(gpt.generate(model, idx, 1, temperature=1.0))
         return torch.multinomial(model(idx)[:, -1].softmax(-1), 1)
 
-    begin = clock(device)
-    one_more(text)
-    once = {"s to compile": clock(device) - begin} if compiled else {}
-    seconds_of(one_more, [text] * 2, device)
+    seconds_of(one_more, [text] * 3, device)
     first = [seconds_of(one_more, [text[:, :n]] * 5, device) for n in (1, T)]
-    if engine in ("gpt.py, cached", "gpt.py, compiled"):
-        stream = gpt.generate(model, text[:, :1], T - 1 + past, compile=compiled)
+    if engine == "gpt.py, cached":
+        stream = gpt.generate(model, text[:, :1], T - 1 + past, temperature=1.0)
         counts = T - 1, past
         within, beyond = (seconds_of(lambda _: next(stream), range(n), device) for n in counts)
     else:
@@ -231,10 +233,8 @@ def generate(config, device, dtype, engine, past=1000, stride=8):
         beyond = seconds_of(one_more, [text] * len(contexts), device)
     return {"tokens/s within": B / within, "tokens/s past": B / beyond,
             "ms to first, prompt of 1": 1000 * first[0],
-            "ms to first, prompt fills window": 1000 * first[1]} | once, {
-            "timed within and past, per text": counts, "precision": "float32",
-            "weights": ("float32" if engine in ("nanoGPT", "gpt.py, uncached") else
-                        "rounded to bfloat16")}
+            "ms to first, prompt fills window": 1000 * first[1]}, {
+            "timed within and past, per text": counts, "precision": "float32"}
 
 
 def start(config, device, dtype):
@@ -244,16 +244,15 @@ def start(config, device, dtype):
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "best.pt")
-        gpt.write(path, {"config": asdict(config), "model": gpt.GPT(config).state_dict(),
-                         "chars": "".join(map(chr, range(32, 32 + config.vocab_size)))})
+        torch.save({"config": asdict(config), "states": [gpt.GPT(config).state_dict()]}, path)
         load = f"import gpt; gpt.load({str(path)!r}, '{device}')"
         return {"s import torch": seconds_of(run, ["import torch"], device),
                 "s import gpt and load": seconds_of(run, [load], device)}, {}
 
 
 def trained(config, device, minutes, data=""):
-    """`python gpt.py train` with its preset: its run.json, its wall seconds, and the wall seconds
-    at which it reported each step."""
+    """`python gpt.py train` with its preset: its run.json and what else is to be known of it, its
+    wall seconds, and the wall seconds at which it reported each step."""
     begin, log, told = time.perf_counter(), [], {}
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "gpt.py", "train", "--device", device.type, "--out_dir", folder,
@@ -262,28 +261,26 @@ def trained(config, device, minutes, data=""):
             for line in process.stderr:
                 log.append(line)
                 if line.startswith("step "):
-                    told[int(line[5:line.index(":")])] = time.perf_counter() - begin
+                    told[int(line[5:line.index(",")])] = time.perf_counter() - begin
         if process.returncode:
             sys.exit("".join(log))
-        wall = time.perf_counter() - begin
-        return json.loads(Path(folder, "run.json").read_text()), wall, told
+        wall, run = time.perf_counter() - begin, json.loads(Path(folder, "run.json").read_text())
+        del run["config"]["out_dir"]
+        return run, {"parameters": count(gpt.load(Path(folder, "last.pt"))[0]),
+                     "precision": run["config"]["dtype"],
+                     "compiled": not any("torch.compile fails" in line for line in log),
+                     "sha256 of the text": run["fixed"][-1][:8]}, wall, told
 
 
 def target(config, device, dtype, loss, minutes):
     """Wall seconds of a training, and until it reports `loss` or less over the whole validation
-    split; of these, the seconds of steps. Minutes 0: the steps of the preset. The seed is that of
-    the repeat."""
-    run, wall, told = trained(config, device, minutes)
-    rows = [{"step": 0, "val_loss": math.inf}, *run["metrics"]]
-    reached = [i for i, row in enumerate(rows) if row["val_loss"] <= loss]
-    steps = config.batch_size * config.block_size * sum(
-        (row["step"] - last["step"]) / row["tokens_per_second"]
-        for last, row in zip(rows, rows[1:reached[0] + 1])) if reached else None
-    return {"s to target": told[rows[reached[0]]["step"]] if reached else None,
-            "s of steps to target": steps, "s in all": wall, "steps": run["step"],
-            "last val loss": run["val_loss"], "best val loss": run["best_val_loss"],
-            "evaluations": len(run["metrics"])}, {
-            key: run[key] for key in ("parameters", "precision", "compiled", "data", "config")}
+    split. Minutes 0: the steps of the preset. The seed is that of the repeat."""
+    run, found, wall, told = trained(config, device, minutes)
+    reached = [told[row["step"]] for row in run["metrics"] if row["val_loss"] <= loss]
+    return {"s to target": reached[0] if reached else None, "s in all": wall, "steps": run["step"],
+            "last val loss": run["val_loss"],
+            "best val loss": min(row["val_loss"] for row in run["metrics"]),
+            "evaluations": len(run["metrics"])}, found | {"config": run["config"]}
 
 
 def texts(config, device, dtype, engine, text, minutes):
@@ -291,35 +288,33 @@ def texts(config, device, dtype, engine, text, minutes):
     trained as nanoGPT's README does on a CPU: its shape there, random windows, AdamW, 1e-3 after
     100 steps, then by a cosine to 1e-4."""
     with tempfile.TemporaryDirectory() as folder:
-        path = gpt.find_text()
+        path = ""
         if text == "Python":  # as many characters of the standard library's source
             sources = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
             lines = "".join(s for s in (f.read_text("utf-8") for f in sources) if s.isascii())
             path = Path(folder, "python.txt")
             path.write_text(lines[:1_115_394], encoding="utf-8", newline="\n")
-        found = {"sha256 of the text": hashlib.sha256(path.read_bytes()).hexdigest()[:8]}
         if engine == "gpt.py":
-            run, _, _ = trained(config, device, minutes, path)
-            return {"steps": run["step"], "last val loss": run["val_loss"]}, found | {
-                key: run[key] for key in ("parameters", "precision", "compiled")}
+            run, found, _, _ = trained(config, device, minutes, path)
+            return {"steps": run["step"], "last val loss": run["val_loss"]}, found
         begin, done, steps = clock(device), 0.0, 0
-        tokenizer, data, val_data = gpt.load_text(path)
+        _, chars, data, val_data, sha256 = gpt.load_text(path)
     B, T, data = config.batch_size, config.block_size, data.to(device)
-    model = classic_gpt(replace(config, vocab_size=len(tokenizer.chars))).to(device)
+    model = classic_gpt(replace(config, vocab_size=len(chars))).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.1)
     while done < 1:
         rate = min(1, (steps + 1) / 100) * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
         optimizer.param_groups[0]["lr"] = 1e-3 * rate
         start = torch.randint(len(data) - T, (B, 1), device=device)
-        window = data[start + torch.arange(T + 1, device=device)].long()
+        window = data[start + torch.arange(T + 1, device=device)]
         F.cross_entropy(model(window[:, :-1]).flatten(0, 1), window[:, 1:].flatten()).backward()
         optimizer.step()
         model.zero_grad()
         steps, done = steps + 1, (clock(device) - begin) / 60 / minutes
     loss = gpt.evaluate(model.eval(), val_data.to(device), T)
-    return {"steps": steps, "last val loss": loss}, found | {
-        "parameters": sum(p.numel() for p in model.parameters()), "precision": "float32",
-        "compiled": False}
+    return {"steps": steps, "last val loss": loss}, {
+        "parameters": count(model), "precision": "float32", "compiled": False,
+        "sha256 of the text": sha256[:8]}
 
 
 # ---- taking turns, and showing what was found ----------------------------------------------------
@@ -330,8 +325,7 @@ WORDS = {"n_layer": "layers", "n_head": "heads", "n_embd": "channels", "block_si
 
 def plan(args, device):
     """{name: (kind, config, options)} of the measurements asked for."""
-    preset, timed = gpt.preset(device.type), {"seconds": args.seconds}
-    config = gpt.Config(**preset | SHAPES[args.shape])
+    timed, config = {"seconds": args.seconds}, gpt.Config(**preset(device) | SHAPES[args.shape])
     batch = 64 if device.type == "cuda" else config.batch_size
     rows = [("machine", "", batch, 0.0, {}), ("start", "", batch, 0.0, {})]
     rows += [("train", engine, batch, dropout, timed) for engine, dropout in (
@@ -342,7 +336,7 @@ def plan(args, device):
     if device.type == "cpu":  # kernels on a GPU run later than Python starts them
         rows += [("profile", "gpt.py", batch, config.dropout, {})]
     rows += [("generate", engine, size, 0.0, {}) for size in (1, 16)
-             for engine in ("gpt.py, compiled", "gpt.py, cached", "gpt.py, uncached", "nanoGPT")]
+             for engine in ("gpt.py, cached", "gpt.py, uncached", "nanoGPT")]
     jobs = {}
     for kind, engine, size, dropout, options in rows:
         label = f": {engine}, batch {size}, dropout {dropout}" if engine else ""
@@ -352,7 +346,7 @@ def plan(args, device):
                 kind, replace(config, batch_size=size, dropout=dropout),
                 options | ({"engine": engine} if engine else {}))
     if args.only:  # these take minutes a run, so they must be asked for; their shape: the preset
-        budget = gpt.Config(**gpt.preset(device.type, args.minutes))
+        budget = gpt.Config(**preset(device))
         time_given = f"in {args.minutes:g} minutes" if args.minutes else "with the preset's steps"
         jobs[f"target: {args.target} {time_given}"] = (
             "target", budget, {"loss": args.target, "minutes": args.minutes})
@@ -433,12 +427,12 @@ def main():
     parser.add_argument("--out", type=Path, default=ROOT / "outputs/benchmarks.json")
     parser.add_argument("--table", action="store_true", help="show the result file and end")
     parser.add_argument("--worker", help=argparse.SUPPRESS)  # one measurement, in JSON
-    args, (device, dtype) = parser.parse_args(), gpt.pick_device()
+    args, device = parser.parse_args(), gpt.pick_device()
     if args.worker:
         kind, config, options, peer = json.loads(args.worker)
         sys.path += [peer] * bool(peer)
         torch.manual_seed(config["seed"])
-        result = KINDS[kind](gpt.Config(**config), device, dtype, **options)
+        result = KINDS[kind](gpt.Config(**config), device, gpt.pick_dtype(device), **options)
         print("\n" + json.dumps(result))
         return 0
     jobs, values, failed = {} if args.table else plan(args, device), {}, 0
@@ -469,7 +463,7 @@ def main():
             document.setdefault(device_name(device), {})[name] = {
                 "conditions": shape | options | found | code | shared,
                 "figures": {figure: summary(them) for figure, them in values[name].items()}}
-            gpt.write(args.out, json.dumps(document, indent=1).encode())
+            args.out.write_text(json.dumps(document, indent=1))
     print(tables(json.loads(args.out.read_text()) if args.out.exists() else {}))
     return min(1, failed)
 

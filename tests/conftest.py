@@ -2,7 +2,6 @@
 from dataclasses import replace
 from pathlib import Path
 import os
-import shutil
 import subprocess
 import sys
 
@@ -12,13 +11,14 @@ import torch
 import gpt
 
 ROOT = Path(__file__).parent.parent
+PLAY = ROOT / "data/the_salt_tide.txt"
 os.environ["GPT_FAST"] = "1"  # for every notebook that a test runs
 
 
 @pytest.fixture
 def config():
     return gpt.Config(n_layer=2, n_head=2, n_embd=32, block_size=16, batch_size=4, max_iters=8,
-                      eval_interval=4, dropout=0.0)
+                      eval_interval=4, dropout=0.0, device="cpu", dtype="float32", compile="off")
 
 
 @pytest.fixture
@@ -26,8 +26,10 @@ def model(config):
     """A seeded model whose zero matrices are filled, so that everything has an effect."""
     torch.manual_seed(0)
     model = gpt.GPT(config).eval()
-    for p in (model.out, model.down, model.head):
-        torch.nn.init.normal_(p, std=0.2)
+    for block in model.blocks:
+        torch.nn.init.normal_(block.out.weight, std=0.2)
+        torch.nn.init.normal_(block.down.weight, std=0.2)
+    torch.nn.init.normal_(model.head.weight, std=0.2)
     return model
 
 
@@ -40,34 +42,24 @@ def idx(config):
 def text_file(tmp_path):
     """4,000 characters of the bundled play."""
     path = tmp_path / "text.txt"
-    path.write_text((ROOT / gpt.BUNDLED).read_text(encoding="utf-8")[:4000], encoding="utf-8")
+    path.write_text(PLAY.read_text(encoding="utf-8")[:4000], encoding="utf-8")
     return path
 
 
 @pytest.fixture
 def train(config, text_file, tmp_path):
-    """Train in a folder under tmp_path: train(name, **changes of the config) -> (run, folder)."""
-    def run(name, resume=False, dtype="float32", teachers="", **changes):
-        out_dir = tmp_path / name
-        return gpt.train(replace(config, **changes), text_file, out_dir, resume, "cpu", dtype,
-                         "off", teachers), out_dir
+    """Train in a folder under tmp_path: train(name, **changes of the config) -> (run, folder).
+    With resume=True it goes on as `gpt.py train --resume` does, the changes laid over."""
+    def run(name, resume=False, **changes):
+        out_dir, saved, plan = tmp_path / name, None, config
+        if resume:
+            saved = gpt.load(out_dir / "last.pt")[1]
+            plan = gpt.Config(**saved["config"])
+        else:
+            changes = dict(data=str(text_file), out_dir=str(out_dir)) | changes
+        return gpt.train(replace(plan, **changes), saved), out_dir
     run.folder = tmp_path
     return run
-
-
-@pytest.fixture
-def compiles(monkeypatch):
-    """gpt.try_compile must succeed, so that nothing is compared with itself."""
-    if not shutil.which("g++"):
-        pytest.skip("no C++ compiler here")
-    attempt = gpt.try_compile
-
-    def run(*args, **options):
-        compiled = attempt(*args, **options)
-        assert compiled is not None
-        return compiled
-
-    monkeypatch.setattr(gpt, "try_compile", run)
 
 
 @pytest.fixture
@@ -82,7 +74,7 @@ def cli(tmp_path):
 
 def weights(folder, name="last.pt"):
     """All tensors of a checkpoint's model."""
-    return torch.load(folder / name, weights_only=True)["model"]
+    return torch.load(folder / name, weights_only=True)["states"][0]
 
 
 def same(a, b):

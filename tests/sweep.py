@@ -4,8 +4,6 @@ characters, one seed. Ten minutes on two cores; the rows go to outputs/sweep.csv
     python tests/sweep.py"""
 import argparse
 import csv
-import io
-import json
 import os
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
@@ -13,7 +11,7 @@ from pathlib import Path
 
 import papermill
 
-from benchmark import ROOT, gpt
+from benchmark import ROOT, count, gpt
 
 SIZES = [dict(n_embd=channels, n_head=2) for channels in (16, 32, 64, 128)]
 BUDGETS = [dict(max_iters=100), dict(max_iters=400)]  # of 16 x 128 characters each
@@ -27,11 +25,13 @@ def run(parameters):
         papermill.execute_notebook(ROOT / "gpt_from_scratch.ipynb", Path(folder, "out.ipynb"),
                                    parameters=SHARED | parameters | dict(out_dir=str(out_dir)),
                                    cwd=ROOT, progress_bar=False)
-        found = json.loads((out_dir / "final/run.json").read_text(encoding="utf-8"))
+        model, found = gpt.load(out_dir / "final/last.pt")
+    config = model.config
     row = SHARED | parameters | {
-        "parameters": found["parameters"], "tokens": found["metrics"][-1]["tokens"],
-        "precision": found["precision"], "val_loss": round(found["val_loss"], 5),
-        "train_loss": round(found["metrics"][-1]["train_loss"], 5)}
+        "parameters": count(model),
+        "tokens": found["step"] * config.batch_size * config.block_size,
+        "precision": config.dtype, "val_loss": round(found["val_loss"], 5),
+        "train_loss": round(found["train_loss"], 5)}
     print(row, flush=True)
     return row
 
@@ -43,11 +43,10 @@ def main():
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         rows = list(pool.map(run, [size | budget for size in reversed(SIZES)
                                    for budget in reversed(BUDGETS)]))
-    file = io.StringIO()
-    table = csv.DictWriter(file, rows[0], lineterminator="\n")
-    table.writeheader()
-    table.writerows(rows)
-    gpt.write(ROOT / "outputs/sweep.csv", file.getvalue().encode())
+    with open(ROOT / "outputs/sweep.csv", "w", encoding="utf-8", newline="") as file:
+        table = csv.DictWriter(file, rows[0], lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
 
 
 if __name__ == "__main__":

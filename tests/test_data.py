@@ -1,22 +1,27 @@
 import hashlib
-import io
-import urllib.error
 
 import pytest
 import torch
 
 import gpt
-from conftest import ROOT
+from conftest import PLAY
+
+
+def read(path):
+    """Text, training ids, validation ids of a file, back in one text."""
+    _, chars, train, val, _ = gpt.load_text(path)
+    return "".join(chars[i] for i in torch.cat((train, val)))
 
 
 def test_round_trip():
-    text = (ROOT / gpt.BUNDLED).read_text(encoding="utf-8")
-    tokenizer = gpt.CharTokenizer(text)
-    assert tokenizer.decode(tokenizer.encode(text)) == text
+    text = PLAY.read_text(encoding="utf-8")
+    chars = "".join(sorted(set(text)))
+    ids = gpt.encode(text, chars)
+    assert ids.dtype == torch.int64 and "".join(chars[i] for i in ids) == text
 
 
 def test_bundled_play_has_the_form_of_tiny_shakespeare():
-    raw = (ROOT / gpt.BUNDLED).read_bytes()
+    raw = PLAY.read_bytes()
     letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
     assert set(raw.decode("ascii")) == set("\n !$&',-.3:;?" + letters + letters.lower())
     assert len(raw) >= 60_000
@@ -25,29 +30,71 @@ def test_bundled_play_has_the_form_of_tiny_shakespeare():
 
 
 def test_unknown_characters_are_named():
-    with pytest.raises(gpt.UserError, match="'x' 'é'"):
-        gpt.CharTokenizer("abc").encode("axébc")
+    with pytest.raises(ValueError, match="'x', 'é'"):
+        gpt.encode("axébc", "abc")
+
+
+def test_nothing_is_no_text():
+    with pytest.raises(ValueError, match="empty"):
+        gpt.encode("", "abc")
 
 
 def test_split_is_disjoint_and_complete(text_file):
-    tokenizer, train, val = gpt.load_text(text_file)
+    text = text_file.read_text(encoding="utf-8")
+    path, chars, train, val, sha256 = gpt.load_text(str(text_file))
+    assert (path, chars) == (text_file, "".join(sorted(set(text))))
     assert (len(train), len(val)) == (3600, 400)
-    assert tokenizer.decode(train) + tokenizer.decode(val) == text_file.read_text(encoding="utf-8")
+    assert read(text_file) == text
+    assert sha256 == hashlib.sha256(text.encode()).hexdigest()
+
+
+def test_at_most_200_000_characters_are_kept_to_validate_on(tmp_path):
+    for tens, kept in ((199_999, 199_999), (210_000, 200_000)):
+        (tmp_path / "long.txt").write_text("0123456789" * tens, encoding="utf-8")
+        _, _, train, val, _ = gpt.load_text(tmp_path / "long.txt")
+        assert (len(train), len(val)) == (10 * tens - kept, kept)
+
+
+def test_tilde_is_the_home_folder(text_file, tmp_path, monkeypatch):
+    for name in ("HOME", "USERPROFILE"):  # Windows has the other one
+        monkeypatch.setenv(name, str(tmp_path))
+    assert gpt.load_text("~/text.txt")[0] == text_file
 
 
 @pytest.mark.parametrize("raw", ["a\nb", "\ufeffa\nb", "a\r\nb"])
 def test_byte_order_mark_and_line_ends(tmp_path, raw):
     path = tmp_path / "text.txt"
     path.write_bytes(raw.encode())
-    tokenizer, train, val = gpt.load_text(path)
-    assert tokenizer.decode(torch.cat((train, val))) == "a\nb"
+    assert read(path) == "a\nb"
+
+
+def test_a_replacement_character_in_the_text_is_one_of_its_characters(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("a\ufffdb", encoding="utf-8")
+    assert read(path) == "a\ufffdb"
+
+
+def test_a_text_cut_off_within_a_character_is_refused_with_the_place(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_bytes("0123456789é".encode()[:-1])
+    with pytest.raises(ValueError, match="position 10"):
+        gpt.load_text(path)
+
+
+@pytest.mark.parametrize("raw", [b"", b"\xef\xbb\xbf", b"aaaa", b"text\0"],
+                         ids=["empty", "only a mark", "one character", "binary"])
+def test_a_file_that_holds_no_text_is_refused(tmp_path, raw):
+    path = tmp_path / "text.txt"
+    path.write_bytes(raw)
+    with pytest.raises(ValueError, match=r"text\.txt is empty, binary, or of one character"):
+        gpt.load_text(path)
 
 
 def test_batch_is_fixed_by_step_and_seed_and_shifted_by_one():
-    data = torch.arange(100, dtype=torch.int32)
+    data = torch.arange(100)
     x, y = gpt.get_batch(data, 8, 16, step=3, seed=1)
     assert x.shape == y.shape == (8, 16)
-    assert torch.equal(y, x + 1)
+    assert torch.equal(x, x[:, :1] + torch.arange(16)) and torch.equal(y, x + 1)
     assert torch.equal(x, gpt.get_batch(data, 8, 16, step=3, seed=1)[0])
     assert not torch.equal(x, gpt.get_batch(data, 8, 16, step=4, seed=1)[0])
     assert not torch.equal(x, gpt.get_batch(data, 8, 16, step=3, seed=2)[0])
@@ -59,6 +106,21 @@ def test_batch_reaches_both_ends():
     assert starts == {0, 1, 2, 3}
 
 
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_shares_of_all_processes_are_the_whole_batch(monkeypatch, world):
+    data = torch.arange(1000)
+    whole = gpt.get_batch(data, 8, 16, 5)
+    monkeypatch.setattr(gpt, "WORLD", world)
+    shares = []
+    for rank in range(world):
+        monkeypatch.setattr(gpt, "RANK", rank)
+        shares.append(gpt.get_batch(data, 8, 16, 5))
+    assert all(8 // world <= len(x) <= -(-8 // world) for x, y in shares)
+    for parts, expected in zip(zip(*shares), whole):
+        together = torch.cat(parts)
+        assert torch.equal(together[together[:, 0].argsort()], expected)
+
+
 @pytest.mark.parametrize("seed, begin", [(0, 0), (7, 0), (2**31 - 1, 10**6)])
 @pytest.mark.parametrize("steps, B, T", [(200, 1, 64), (157, 4, 64), (40, 32, 16)])
 def test_batches_read_the_text_evenly(seed, begin, steps, B, T):
@@ -67,47 +129,3 @@ def test_batches_read_the_text_evenly(seed, begin, steps, B, T):
     windows = [gpt.get_batch(data, B, T, begin + i, seed)[0] for i in range(steps)]
     times = torch.cat(windows).flatten().bincount(minlength=len(data))
     assert (times[T:-T] - steps * B * T / len(data)).abs().max() < 2
-
-
-def serve(monkeypatch, content):
-    """Make urlopen answer with content, or raise it."""
-    def urlopen(url, timeout):
-        if isinstance(content, Exception):
-            raise content
-        return io.BytesIO(content)
-    monkeypatch.setattr(gpt.urllib.request, "urlopen", urlopen)
-
-
-def test_download_is_checked_and_kept(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(gpt, "SHA256", hashlib.sha256(b"text").hexdigest())
-    serve(monkeypatch, b"text")
-    assert gpt.find_text() == gpt.TEXT
-    assert gpt.TEXT.read_bytes() == b"text"
-
-
-def test_wrong_download_is_not_kept(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    serve(monkeypatch, b"<html>sign in</html>")
-    with pytest.raises(gpt.UserError, match="SHA-256"):
-        gpt.find_text()
-    assert not gpt.TEXT.exists()
-
-
-def test_without_network_the_bundled_play(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(gpt, "LOG", gpt.sys.stderr)
-    serve(monkeypatch, urllib.error.URLError("no route"))
-    with pytest.raises(gpt.UserError, match=r"save .* as .*--data"):
-        gpt.find_text()
-    gpt.write(gpt.BUNDLED, b"play")
-    assert gpt.find_text() == gpt.BUNDLED
-    assert "instead" in capsys.readouterr().err
-
-
-def test_a_changed_text_is_not_mistaken_for_tiny_shakespeare(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    gpt.write(gpt.TEXT, b"something else")
-    with pytest.raises(gpt.UserError, match="SHA-256"):
-        gpt.find_text()
-    assert gpt.TEXT.read_bytes() == b"something else"

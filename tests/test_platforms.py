@@ -1,43 +1,44 @@
 """What other machines do differently, played on this one."""
 import json
 import os
-import subprocess
-import sys
 
 import torch
 
 import gpt
-from conftest import ROOT
+
+# A system whose locale knows ASCII only, and a Python that follows it.
+ASCII = os.environ | {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+SMALL = ["--n_layer", 1, "--n_head", 1, "--n_embd", 8, "--block_size", 8, "--batch_size", 2,
+         "--device", "cpu", "--dtype", "float32"]
 
 
-def test_text_goes_out_as_utf8_where_the_terminal_is_not(train, text_file, tmp_path):
-    """Windows' code page 1252, and a system whose locale knows ASCII only."""
+def test_files_are_utf8_where_the_system_is_not(cli, text_file):
+    """Text and folder have characters that neither ASCII nor Windows' code page 1252 knows. A
+    terminal that cannot show what is written costs one line of error."""
     text = "Ω und ß, naïve 🌊 「海」\n" * 100
     text_file.write_text(text, encoding="utf-8")
-    _, out_dir = train("run")
-    (tmp_path / "prompt.txt").write_text("海 🌊", encoding="utf-8")
-    command = [sys.executable, "-X", "utf8=0", ROOT / "gpt.py", "generate", "--checkpoint",
-               out_dir / "best.pt", "--prompt_file", tmp_path / "prompt.txt", "--max_new_tokens",
-               "50", "--num_samples", "2"]
-    done = subprocess.run(command, capture_output=True, env=os.environ | {
-        "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "cp1252"})
-    assert (done.returncode, done.stderr) == (0, b"")
-    written = done.stdout.decode("utf-8").replace("\r\n", "\n")
-    assert written.startswith("海 🌊") and "\n---\n海 🌊" in written
-    assert set(written) <= set(text) | {"-"}
+    done = cli("train", "--data", text_file, "--out_dir", "海", "--max_iters", 2, *SMALL,
+               "--compile", "off", env=ASCII)
+    assert done.returncode == 0, done.stderr
+    about = json.loads((text_file.parent / "海/run.json").read_text(encoding="utf-8"))
+    assert about["step"] == 2 and about["chars"] == "".join(sorted(set(text)))
+
+    words = "generate", "--checkpoint", "海/best.pt", "--prompt", "海 🌊", "--max_new_tokens", 50
+    done = cli(*words, env=os.environ | {"PYTHONIOENCODING": "utf-8"})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("海 🌊") and set(done.stdout) <= set(text)
+    done = cli(*words, env=os.environ | {"PYTHONIOENCODING": "cp1252"})
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
-def test_without_a_compiler_training_goes_on(tmp_path, text_file):
-    flags = ["--n_layer", "1", "--n_head", "1", "--n_embd", "8", "--block_size", "8",
-             "--batch_size", "2", "--max_iters", "3", "--device", "cpu", "--compile", "on"]
-    done = subprocess.run(
-        [sys.executable, ROOT / "gpt.py", "train", "--data", text_file, "--out_dir", "run", *flags],
-        cwd=tmp_path, capture_output=True, text=True, env=os.environ | {
-            "CXX": "/no/compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")})
+def test_without_a_compiler_training_goes_on(cli, text_file, tmp_path):
+    done = cli("train", "--data", text_file, "--out_dir", "run", "--max_iters", 3, *SMALL,
+               env=os.environ | {"CXX": "/no/compiler",
+                                 "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")})
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     assert done.stderr.count("torch.compile fails here") == 1
-    about = json.loads((tmp_path / "run/run.json").read_text())
-    assert about["step"] == 3 and not about["compiled"]
+    assert json.loads((tmp_path / "run/run.json").read_text(encoding="utf-8"))["step"] == 3
 
 
 class OnMPS(torch.Tensor):

@@ -1,11 +1,17 @@
-"""The result files hold what the notebook and README say, and both show the same numbers."""
+"""The result files hold what the notebook and README say, and both show the same numbers; and
+best.py, which makes one of them, teaches as it says."""
 import csv
 import json
 import math
+from dataclasses import replace
 
 import pytest
+import torch
 
+import best
+import gpt
 import results
+from conftest import weights
 
 OUTPUTS = results.ROOT / "outputs"
 
@@ -64,3 +70,24 @@ def test_the_five_forerunners_were_trained():
         row = next(row for row in models if row["name"].split(",")[0] == name)
         assert (" of " in row["name"]) == (entry["steps_run"] < entry["steps"])  # says it is short
         assert row["val_loss"] == pytest.approx(entry["curve"][-1][2], abs=1e-4)
+
+
+def test_teachers_are_learned_beside_the_text(config, text_file, tmp_path, monkeypatch):
+    """One plain step from zero weights of the head, against the gradient of the formula."""
+    monkeypatch.setattr(gpt, "make_optimizers", lambda model, config: [
+        torch.optim.SGD(model.parameters(), lr=1.0)])
+    _, chars, data, _, _ = gpt.load_text(text_file)
+    likes = 5.0 * torch.eye(len(chars))[[3, 7]]  # what the two teachers expect everywhere
+    teachers = [lambda x, logits=logits: logits.expand(*x.shape, -1) for logits in likes]
+    config = replace(config, max_iters=1, data=str(text_file), out_dir=str(tmp_path / "run"))
+    run = best.teach(config, teachers)
+    x, y = gpt.get_batch(data, 4, 16, 0, seed=1)
+    torch.manual_seed(1)
+    model = gpt.GPT(gpt.Config(**run["config"]))
+    logs = (model(x) / config.train_temperature).log_softmax(-1)  # (B, T, V)
+    text = -logs.gather(-1, y[..., None]).sum()
+    taught = -(logs * likes.softmax(-1).mean(0)).sum()
+    ((text + taught) / 2).backward()
+    found = weights(tmp_path / "run")["head.weight"]
+    assert found.abs().max() > 0.1 and torch.allclose(found, -model.head.weight.grad, atol=1e-4)
+    assert abs(run["train_loss"] - text / 64) < 1e-5 and gpt.train_step.__module__ == "gpt"
