@@ -56,6 +56,7 @@ class Config:
         sizes = self.n_layer, self.n_head, self.n_embd, self.batch_size, self.max_iters
         check(min(sizes) > 0 and self.block_size > 3 and self.n_embd % (2 * self.n_head) == 0,
               "sizes must be above 0, block_size above 3, n_embd a multiple of 2 * n_head")
+        check(self.dtype in ("auto", "float32", "bfloat16", "float16"), f"no dtype {self.dtype}")
 
 CPU = dict(n_layer=5, n_head=2, n_embd=128, block_size=256, batch_size=8, learning_rate=0.02,
            weight_decay=0.15, adamw_learning_rate=0.005, adamw_weight_decay=0.0,
@@ -230,10 +231,10 @@ def load(path, device="cpu"):
 def save(out_dir, run, *parts):
     """Write last.pt (to resume), best.pt (to generate), metrics.jsonl and run.json (to read)."""
     states, rows = [part.state_dict() for part in parts], run["metrics"]
-    files = {"last.pt": run | {"states": states}, "run.json": json.dumps(run, indent=1),
-             "metrics.jsonl": "".join(json.dumps(row) + "\n" for row in rows)}
+    files = {"metrics.jsonl": "".join(json.dumps(row) + "\n" for row in rows),
+             "run.json": json.dumps(run, indent=1), "last.pt": run | {"states": states}}
     if rows and rows[-1]["val_loss"] == min(row["val_loss"] for row in rows):
-        files["best.pt"] = run | {"states": states[:1]}
+        files = {"best.pt": run | {"states": states[:1]}} | files
     for name, content in files.items():  # under another name first: a file is all old or all new
         with open(out_dir / "new.tmp", "wb") as file:
             torch.save(content, file) if name.endswith(".pt") else file.write(content.encode())
@@ -285,7 +286,7 @@ def train(config, saved=None):
         save(out_dir, run, model, *optimizers)
     log(f"{device}, {config.dtype}, compile {config.compile}: {len(data):,} characters of {path}")
     step, loss, begin = run["step"], 0.0, time.perf_counter() - run["seconds"]
-    done = run["seconds"] / 60 / config.minutes if config.minutes else step / config.max_iters
+    done = run["seconds"] / 60 / config.minutes if config.minutes > 0 else step / config.max_iters
     check(done < 1, "this run is finished: --resume it with more --max_iters or --minutes")
     interval = config.eval_interval or 1 + 2 * len(data) // config.batch_size // config.block_size
     if config.compile == "on":
@@ -300,7 +301,7 @@ def train(config, saved=None):
     while done < 1:
         loss += train_step(model, optimizers, data, config, step, done)
         step, seconds = step + 1, time.perf_counter() - begin
-        done = seconds / 60 / config.minutes if config.minutes else step / config.max_iters
+        done = seconds / 60 / config.minutes if config.minutes > 0 else step / config.max_iters
         if RANK == 0 and (done >= 1 or step % interval == 0 or seconds > run["seconds"] + 60):
             train_loss = float(loss) / (step - run["step"])
             val_loss = evaluate(model.eval(), val_data, config.block_size)
@@ -336,8 +337,7 @@ WRITING = dict(checkpoint=f"{Config.out_dir}/best.pt", prompt="\n", max_new_toke
 
 def main(argv=None):
     """Run a command line and return its exit status."""
-    parser = argparse.ArgumentParser("gpt.py", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser("gpt.py", description=__doc__.partition("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     for command, defaults in (("train", asdict(Config())), ("generate", WRITING)):
         flags = commands.add_parser(command, argument_default=argparse.SUPPRESS)

@@ -2,16 +2,16 @@
 
     python tests/kills.py --kills 20
 
-Each run trains the same tiny model on the bundled play. It is killed by SIGKILL at a moment drawn
-from the whole life of a process, start-up and saving included, goes on with --resume (from the
-start, if nothing had been saved), and may be killed again. When it comes to its end before a
-moment that was drawn, its files are compared with those of the run left alone: weights, state of
-the optimizers and everything else but times bit for bit, and generated text. Then the next run
-starts, until all kills are done. One line for each kill; exit status 1 if anything differs."""
+Each run trains the same tiny model on the bundled play; the runs take turns among the variants.
+A run is killed by SIGKILL at a moment drawn from the whole life of a process, start-up and saving
+included, goes on with --resume alone (or starts, if it had not come to its first file), and may be
+killed again. When it comes to its end before a moment that was drawn, its files are compared with
+those of a run of the same flags that was left alone: weights, states of the optimizers and all else
+but times and folders bit for bit, and generated text. Then the next run starts, until all kills are
+done. One line for each kill; exit status 1 if anything differs."""
 import argparse
 import json
 import random
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -24,19 +24,21 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import gpt  # noqa: E402
 
-FLAGS = ["--n_layer", 1, "--n_head", 2, "--n_embd", 16, "--block_size", 64, "--batch_size", 4,
-         "--dropout", 0.2, "--eval_interval", 10]
+FLAGS = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 64, "batch_size": 4,
+         "dropout": 0.0, "short_fraction": 0.0, "eval_interval": 10, "dtype": "float32",
+         "compile": "off", "device": "cpu", "data": ROOT / "data/the_salt_tide.txt"}
+VARIANTS = {"plain": {}, "dropout": {"dropout": 0.2}, "short": {"short_fraction": 0.8},
+            "float16": {"dtype": "float16"}}
 
 
-def start(out_dir, steps):
+def start(out_dir, flags):
     """A process that trains in out_dir from where the last one came to."""
-    words = ["train", "--out_dir", out_dir, "--compile", "off", "--device", "cpu"]
+    words = ["--out_dir", out_dir]
     if (out_dir / "last.pt").exists():
         words += ["--resume"]
     else:
-        shutil.rmtree(out_dir, ignore_errors=True)  # a best.pt alone would be refused
-        words += ["--data", ROOT / gpt.BUNDLED, "--max_iters", steps, *FLAGS]
-    return subprocess.Popen([sys.executable, ROOT / "gpt.py", *map(str, words)],
+        words += [word for name, value in flags.items() for word in (f"--{name}", value)]
+    return subprocess.Popen([sys.executable, ROOT / "gpt.py", "train", *map(str, words)],
                             stderr=subprocess.PIPE, text=True)
 
 
@@ -53,9 +55,11 @@ def killed(process, seconds):
 
 
 def plain(value):
-    """A value that == compares in every bit, without what the clock decides."""
+    """A value that == compares in every bit, without the folder, what the clock decides, and a
+    setting that torch adds to optimizers whose state was loaded."""
     if isinstance(value, dict):
-        return {key: plain(v) for key, v in value.items() if "second" not in str(key)}
+        return {key: plain(v) for key, v in value.items()
+                if key not in ("seconds", "out_dir", "differentiable")}
     if isinstance(value, (list, tuple)):
         return [plain(v) for v in value]
     if isinstance(value, torch.Tensor):
@@ -65,9 +69,9 @@ def plain(value):
 
 def text(checkpoint):
     """What a checkpoint generates."""
-    model, tokenizer, _ = gpt.load(checkpoint, "cpu")
-    idx = tokenizer.encode("\n").long()[None]
-    return tokenizer.decode(int(i) for i in gpt.generate(model, idx, 100))
+    model, saved = gpt.load(checkpoint)
+    idx = gpt.encode("\n", saved["chars"])[None]
+    return "".join(saved["chars"][i] for i in gpt.generate(model, idx, 100))
 
 
 def outcome(out_dir):
@@ -85,27 +89,31 @@ def saved_step(out_dir):
     return torch.load(last, weights_only=True)["step"] if last.exists() else None
 
 
-def kill_runs(kills, steps, seed, folder):
+def kill_runs(kills, steps, seed, folder, variants=tuple(VARIANTS)):
     """Number of runs that differ from the one left alone, after so many kills."""
-    draw, begin = random.Random(seed), time.perf_counter()
-    killed(start(folder / "whole", steps), None)
-    life, whole = time.perf_counter() - begin, outcome(folder / "whole")
-    print(f"left alone: {steps} steps, {life:.1f} seconds")
-    done = runs = wrong = 0
+    draw, whole, life, done, runs, wrong = random.Random(seed), {}, {}, 0, 0, 0
     while done < kills:
+        name = variants[runs % len(variants)]
+        flags = FLAGS | VARIANTS[name] | {"max_iters": steps}
+        if name not in whole:
+            begin = time.perf_counter()
+            killed(start(folder / name, flags), None)
+            life[name], whole[name] = time.perf_counter() - begin, outcome(folder / name)
+            print(f"{name}, left alone: {steps} steps, {life[name]:.1f} seconds", flush=True)
         runs += 1
         out_dir = folder / f"run-{runs}"
-        while True:
-            moment = draw.uniform(0, life) if done < kills else None
-            if not killed(start(out_dir, steps), moment):
+        step = None
+        while step != steps:  # a finished run can't be resumed
+            moment = draw.uniform(0, life[name]) if done < kills else None
+            if not killed(start(out_dir, flags), moment):
                 break
             done += 1
-            step, cut = saved_step(out_dir), len(list(out_dir.glob("*.tmp")))
-            print(f"kill {done} after {moment:.2f} seconds, run {runs}, "
+            step, cut = saved_step(out_dir), (out_dir / "new.tmp").exists()
+            print(f"kill {done} after {moment:.2f} seconds, run {runs}, {name}, "
                   f"{'nothing saved' if step is None else f'saved at step {step}'}"
-                  f"{', files half written so far: ' * bool(cut)}{cut or ''}", flush=True)
+                  f"{', a file half written' * cut}", flush=True)
         left = outcome(out_dir)
-        different = [name for name in whole if left[name] != whole[name]]
+        different = [file for file in left if left[file] != whole[name][file]]
         wrong += bool(different)
         print(f"run {runs} {'differs in ' + ', '.join(different) if different else 'is the same'}")
     print(f"{done} kills, {runs} runs, {wrong} of them different")
@@ -118,6 +126,8 @@ if __name__ == "__main__":
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=[*VARIANTS])
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        sys.exit(kill_runs(args.kills, args.steps, args.seed, Path(folder)) > 0)
+        different = kill_runs(args.kills, args.steps, args.seed, Path(folder), args.variants)
+    sys.exit(different > 0)

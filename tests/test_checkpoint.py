@@ -1,5 +1,7 @@
-import hashlib
+"""Saving and going on: a run that was cut anywhere ends like one that was left alone."""
 import json
+import math
+import os
 import pickle
 import signal
 import subprocess
@@ -10,14 +12,8 @@ import pytest
 import torch
 
 import gpt
-from conftest import ROOT, same, weights
-
-
-def rows(out_dir):
-    """The metrics without what the clock decides."""
-    lines = (out_dir / "metrics.jsonl").read_text().splitlines()
-    return [{key: value for key, value in json.loads(line).items() if "second" not in key}
-            for line in lines]
+from conftest import PLAY, ROOT, same, weights
+from kills import outcome
 
 
 def cut_at(monkeypatch, step):
@@ -33,133 +29,193 @@ def cut_at(monkeypatch, step):
     return lambda: monkeypatch.setattr(gpt, "get_batch", draw)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("parts", [1, 2])
-def test_resumed_is_uninterrupted(train, monkeypatch, dtype, parts):
-    options = dict(dtype=dtype, dropout=0.2, gradient_accumulation_steps=parts)
-    _, whole = train("whole", **options)
-    repair = cut_at(monkeypatch, 6)
-    with pytest.raises(RuntimeError, match="cut"):
-        train("cut", **options)
-    repair()
-    _, cut = train("cut", resume=True, **options)
-    assert same(weights(whole), weights(cut))
-    assert rows(whole) == rows(cut)
+@pytest.fixture
+def cut(train, monkeypatch):
+    """Train until a step is reached, and die: cut(step, name, **changes) -> folder."""
+    def run(step, name, **changes):
+        repair = cut_at(monkeypatch, step)
+        with pytest.raises(RuntimeError, match="cut"):
+            train(name, **changes)
+        repair()
+        return train.folder / name
+    return run
 
 
-def test_a_resumed_run_keeps_its_teachers_and_number_format(train, monkeypatch, capsys):
-    teacher = str(train("teacher")[1] / "last.pt")
-    _, whole = train("whole", teachers=teacher)
-    _, alone = train("alone")
-    repair = cut_at(monkeypatch, 6)
-    with pytest.raises(RuntimeError, match="cut"):
-        train("cut", teachers=teacher)
-    repair()
-    monkeypatch.setattr(gpt, "product_time", {torch.float32: 2.0, torch.bfloat16: 1.0}.get)
-    command = ["train", "--resume", "--out_dir", whole.parent / "cut", "--device", "cpu"]
-    assert gpt.main([*map(str, command)]) == 0, capsys.readouterr().err
-    assert same(weights(whole), weights(whole.parent / "cut"))
-    assert not same(weights(whole), weights(alone))
+def files(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def differences(whole, other):
+    """The files of two runs that differ in more than folders and times."""
+    expected, found = outcome(whole), outcome(other)
+    return [name for name in expected if expected[name] != found[name]]
+
+
+@pytest.mark.parametrize("step", [0, 3, 4, 6])
+@pytest.mark.parametrize("changes", [
+    dict(), dict(dropout=0.2), dict(short_fraction=0.9), dict(dtype="float16", dropout=0.2)],
+    ids=lambda changes: "-".join(changes) or "plain")
+def test_resumed_is_uninterrupted(train, cut, changes, step):
+    _, whole = train("whole", **changes)
+    cut(step, "cut", **changes)
+    assert differences(whole, train("cut", resume=True)[1]) == []
+
+
+def test_resume_alone_goes_on_as_the_run_was_started(train, cut, monkeypatch):
+    """Whatever its flags were, and also where another number format would now be picked."""
+    changes = dict(dtype="auto", dropout=0.2, short_fraction=0.5, learning_rate=0.01, seed=3,
+                   adamw_learning_rate=0.01, weight_decay=0.7, adamw_weight_decay=0.5,
+                   batch_size=6, decay_fraction=0.3, train_temperature=0.7)
+    monkeypatch.setattr(gpt, "pick_dtype", lambda device: torch.bfloat16)
+    _, whole = train("whole", **changes)
+    folder = cut(6, "cut", **changes)
+    monkeypatch.setattr(gpt, "pick_dtype", lambda device: torch.float32)
+    assert gpt.main(["train", "--resume", "--out_dir", str(folder)]) is None
+    assert differences(whole, folder) == []
+    about = json.loads((folder / "run.json").read_text())["config"]
+    assert about.items() >= (changes | {"dtype": "bfloat16", "compile": "off"}).items()
+
+
+def test_other_flags_are_laid_over_a_resumed_run(train, cut):
+    folder = cut(6, "run", dropout=0.2)
+    before = weights(folder)
+    words = ["--max_iters", 12, "--batch_size", 8, "--learning_rate", 0, "--dtype", "float16"]
+    assert gpt.main([*map(str, ["train", "--resume", "--out_dir", folder, *words])]) is None
+    run = json.loads((folder / "run.json").read_text())
+    assert [row["step"] for row in run["metrics"]] == [4, 8, 12]
+    assert run["config"].items() >= dict(max_iters=12, batch_size=8, learning_rate=0.0,
+                                         dtype="float16", dropout=0.2).items()
+    for name, matrix in weights(folder).items():  # those of the blocks stay at a rate of 0
+        assert torch.equal(matrix, before[name]) == name.startswith("blocks"), name
+
+
+def test_weight_decay_given_when_resuming_counts(train):
+    for name in ("kept", "more"):
+        train(name, weight_decay=0.0)
+    _, kept = train("kept", resume=True, max_iters=12)
+    _, more = train("more", resume=True, max_iters=12, weight_decay=5.0)
+    assert not torch.equal(*(weights(folder)["blocks.0.up.weight"] for folder in (kept, more)))
+
+
+def test_steps_and_minutes_take_each_others_place(train):
+    _, folder = train("run", minutes=1e-6)
+    command = ["train", "--resume", "--out_dir", str(folder)]
+    assert gpt.main([*command, "--max_iters", "3"]) is None
+    assert weights_step(folder) == 3
+    assert gpt.main([*command, "--minutes", "0.01"]) is None
+    run = json.loads((folder / "run.json").read_text())
+    assert run["step"] > 3 and run["seconds"] >= 0.6
+
+
+def weights_step(folder):
+    return gpt.load(folder / "last.pt")[1]["step"]
+
+
+def test_a_resumed_run_trains_for_the_time_that_was_left(train, cut):
+    folder = cut(6, "run", minutes=1.0)
+    saved = torch.load(folder / "last.pt", weights_only=True)
+    saved["seconds"] = 59.9
+    torch.save(saved, folder / "last.pt")
+    begin = time.perf_counter()
+    run, _ = train("run", resume=True)
+    assert run["step"] > 4 and 60 <= run["seconds"] < 60 + time.perf_counter() - begin
+
+
+@pytest.mark.parametrize("changes", [dict(n_layer=1), dict(n_head=1), dict(n_embd=16),
+                                     dict(block_size=8)], ids=lambda changes: [*changes][0])
+def test_resume_refuses_another_shape(train, cut, changes):
+    before = files(cut(6, "run"))
+    with pytest.raises(ValueError, match="another text or shape"):
+        train("run", resume=True, **changes)
+    assert files(train.folder / "run") == before
+
+
+def test_resume_refuses_another_text(train, cut, text_file):
+    """Also one of the same length and the same characters."""
+    text = text_file.read_text(encoding="utf-8")
+    before = files(cut(6, "run"))
+    for other in (text + text[0], text[::-1], "".join(map(chr, range(32, 126))) * 99):
+        text_file.write_text(other, encoding="utf-8")
+        with pytest.raises(ValueError, match="another text or shape"):
+            train("run", resume=True)
+    assert files(train.folder / "run") == before
+
+
+def test_a_run_goes_on_where_its_text_is_not_yet(tmp_path, monkeypatch):
+    """On a new machine, tiny Shakespeare is fetched again."""
+    (tmp_path / "site").write_bytes(PLAY.read_bytes()[:4000])
+    sha256 = gpt.hashlib.sha256((tmp_path / "site").read_bytes()).hexdigest()
+    monkeypatch.setattr(gpt, "TEXT", tmp_path / "data/tinyshakespeare.txt")
+    monkeypatch.setattr(gpt, "URL", (tmp_path / "site").as_uri())
+    monkeypatch.setattr(gpt, "SHA256", sha256)
+    words = ["--n_layer", 1, "--n_embd", 16, "--n_head", 2, "--block_size", 16, "--max_iters", 4,
+             "--device", "cpu", "--compile", "off", "--out_dir", tmp_path / "run"]
+    assert gpt.main([*map(str, ["train", *words])]) is None
+    gpt.TEXT.unlink()
+    words = ["--resume", "--max_iters", 6, "--out_dir", tmp_path / "run"]
+    assert gpt.main([*map(str, ["train", *words])]) is None
+    assert gpt.TEXT.exists() and weights_step(tmp_path / "run") == 6
+
+
+def test_a_run_can_be_resumed_from_the_start_and_its_folder_is_taken(train, cut):
+    folder = cut(0, "run")
+    assert {path.name for path in folder.iterdir()} == {"last.pt", "metrics.jsonl", "run.json"}
+    assert weights_step(folder) == 0
+    before = files(folder)
+    with pytest.raises(ValueError, match="holds a run: --resume it"):
+        train("run")
+    assert files(folder) == before
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
 def test_killed_run_resumes_to_the_same_weights(tmp_path, text_file, train):
-    """kill -9 in the middle, then --resume: the weights of a run that was never killed."""
-    shape = ["--n_layer", 2, "--n_head", 2, "--n_embd", 32, "--block_size", 16, "--batch_size", 4,
-             "--max_iters", 800, "--eval_interval", 20]
-    command = [sys.executable, ROOT / "gpt.py", "train", "--data", text_file, "--out_dir",
-               tmp_path / "killed", "--dtype", "float32", "--device", "cpu", "--compile", "off"]
-    start = list(map(str, command + shape))
-    process = subprocess.Popen(start, stderr=subprocess.DEVNULL)
-    for _ in range(600):
-        if (tmp_path / "killed/last.pt").exists() or process.poll() is not None:
-            break
-        time.sleep(0.05)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
-    subprocess.run(list(map(str, command)) + ["--resume"], check=True, capture_output=True)
-    preset = {name: value for name, value in gpt.preset("cpu").items() if f"--{name}" not in shape}
-    _, whole = train("whole", max_iters=800, eval_interval=400, **preset)
-    assert same(weights(whole), weights(tmp_path / "killed"))
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGINT for one process")
-def test_interrupted_run_saves_and_says_130(tmp_path, text_file):
-    command = [sys.executable, ROOT / "gpt.py", "train", "--data", text_file, "--out_dir",
-               tmp_path / "run", "--n_layer", 1, "--n_embd", 32, "--block_size", 16,
-               "--max_iters", 1_000_000, "--eval_interval", 20, "--compile", "off"]
-    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True)
-    while not process.stderr.readline().startswith("step"):
-        assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    _, rest = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "--resume" in rest
-    saved = torch.load(tmp_path / "run/last.pt", weights_only=True)
-    assert saved["step"] >= 20 and "state" in saved
-
-
-def test_the_time_that_was_left_is_not_spent_on_starting_again(train, monkeypatch):
-    repair = cut_at(monkeypatch, 6)
-    with pytest.raises(RuntimeError, match="cut"):
-        train("run", minutes=1.0)
-    repair()
-    saved = torch.load(train.folder / "run/last.pt", weights_only=True)
-    saved["metrics"][-1]["seconds"] = 59.9
-    torch.save(saved, train.folder / "run/last.pt")
-    load = gpt.load
-    monkeypatch.setattr(gpt, "load", lambda *args: time.sleep(0.2) or load(*args))
-    run, _ = train("run", resume=True, minutes=1.0)
-    assert run["step"] > saved["step"] and run["seconds"] >= 60
-
-
-def test_a_run_goes_on_where_its_text_is_not_yet(tmp_path, monkeypatch):
-    """On a new machine, tiny Shakespeare is fetched again; another text is refused."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(gpt.signal, "signal", lambda *args: None)
-    text = (ROOT / gpt.BUNDLED).read_bytes()[:4000]
-    monkeypatch.setattr(gpt, "SHA256", hashlib.sha256(text).hexdigest())
-    (tmp_path / "site").write_bytes(text)
-    monkeypatch.setattr(gpt, "URL", (tmp_path / "site").as_uri())
-    words = ["train", "--n_layer", 1, "--n_embd", 16, "--n_head", 2, "--block_size", 16,
-             "--max_iters", 4, "--device", "cpu", "--compile", "off", "--out_dir", "run"]
-    assert gpt.main([*map(str, words)]) == 0
-    for command in (["train", "--resume", "--out_dir", "run"],
-                    ["evaluate", "--checkpoint", "run/best.pt"]):
-        gpt.TEXT.unlink()
-        assert gpt.main(command) == 0 and gpt.TEXT.read_bytes() == text
-        gpt.TEXT.write_bytes(text + b"more")
-        assert gpt.main(command) == 2
-    assert gpt.main([*command, "--data", str(gpt.TEXT)]) == 0
-
-
-def test_a_run_in_float32_goes_on_in_float16(train, monkeypatch):
-    repair = cut_at(monkeypatch, 6)
-    with pytest.raises(RuntimeError, match="cut"):
-        train("run")
-    repair()
-    run, _ = train("run", resume=True, dtype="float16")
-    assert run["step"] == 8 and run["precision"] == "float16"
+    """kill -9 in the middle, then --resume alone: the weights of a run that was never killed."""
+    shape = gpt.CPU | dict(n_layer=1, n_head=2, n_embd=32, block_size=16, batch_size=4, dropout=0.2,
+                           max_iters=400, eval_interval=20, dtype="float32", compile="off")
+    command = [sys.executable, ROOT / "gpt.py", "train", "--out_dir", tmp_path / "killed"]
+    words = [word for name, value in shape.items() for word in (f"--{name}", value)]
+    with subprocess.Popen([*map(str, [*command, "--data", text_file, *words])],
+                          stderr=subprocess.PIPE, text=True) as process:
+        while not process.stderr.readline().startswith("step"):
+            assert process.poll() is None
+        process.kill()
+    assert process.returncode == -signal.SIGKILL and 20 <= weights_step(tmp_path / "killed") < 400
+    done = subprocess.run([*map(str, command), "--resume"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert same(weights(train("whole", **shape)[1]), weights(tmp_path / "killed"))
 
 
 def test_best_is_without_optimizers_and_last_with(train):
-    _, out_dir = train("run")
-    assert "state" not in torch.load(out_dir / "best.pt", weights_only=True)
-    assert len(torch.load(out_dir / "last.pt", weights_only=True)["state"]) == 3
+    _, folder = train("run")
+    states = {name: torch.load(folder / name, weights_only=True)["states"]
+              for name in ("best.pt", "last.pt")}
+    assert len(states["best.pt"]) == 1 and len(states["last.pt"]) == 3
+    assert all(state["state"] and state["param_groups"] for state in states["last.pt"][1:])
 
 
-@pytest.mark.parametrize("content", [b"new", {"a checkpoint": torch.zeros(3)}])
-def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, content):
-    path = tmp_path / "file"
-    gpt.write(path, b"old")
+def test_a_full_disk_leaves_all_files_as_they_were(train, monkeypatch):
+    save, saves, before = gpt.save, [], {}
 
-    def full(file):
+    def full(content, file):
+        file.write(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(gpt.os, "fsync", full)
+    def watched(*args):
+        saves.append(1)
+        if len(saves) == 3:
+            before.update(files(train.folder / "run"))
+            monkeypatch.setattr(gpt.torch, "save", full)
+        save(*args)
+
+    monkeypatch.setattr(gpt, "save", watched)
     with pytest.raises(OSError, match="No space"):
-        gpt.write(path, content)
-    assert path.read_bytes() == b"old" and [*tmp_path.iterdir()] == [path]
+        train("run")
+    assert {path.name for path in before} == {"best.pt", "last.pt", "metrics.jsonl", "run.json"}
+    after = files(train.folder / "run")
+    assert all(after[path] == content for path, content in before.items() if path.suffix == ".pt")
+    monkeypatch.undo()
+    run, folder = train("run", resume=True)
+    assert run["step"] == 8 and weights_step(folder) == 8
 
 
 def test_hostile_files_are_refused_and_run_nothing(tmp_path):
@@ -169,36 +225,33 @@ def test_hostile_files_are_refused_and_run_nothing(tmp_path):
 
     path = tmp_path / "hostile.pt"
     torch.save({"config": Hostile()}, path)
-    with pytest.raises(gpt.UserError, match="no checkpoint"):
-        gpt.load(path, "cpu")
+    with pytest.raises(ValueError, match="no checkpoint"):
+        gpt.load(path)
     path.write_bytes(pickle.dumps(Hostile()))
-    with pytest.raises(gpt.UserError, match="no checkpoint"):
-        gpt.load(path, "cpu")
+    with pytest.raises(ValueError, match="no checkpoint"):
+        gpt.load(path)
     assert not (tmp_path / "owned").exists()
 
 
-def test_a_checkpoint_that_asks_for_absurd_memory_is_refused(tmp_path, train):
-    _, out_dir = train("run")
-    saved = torch.load(out_dir / "best.pt", weights_only=True)
-    saved["config"] |= {"n_embd": 2**20, "n_layer": 2**10}
-    torch.save(saved, tmp_path / "huge.pt")
-    with pytest.raises(gpt.UserError, match="no checkpoint"):
-        gpt.load(tmp_path / "huge.pt", "cpu")
+@pytest.mark.parametrize("changes", [
+    dict(n_embd=2**42),  # more memory than there are addresses
+    dict(n_embd=64), dict(n_head=3), dict(n_layer=math.nan), dict(unknown=1)],
+    ids=["absurd", "another size", "impossible", "no number", "unknown"])
+def test_checkpoints_that_do_not_fit_are_refused(train, changes):
+    _, folder = train("run", max_iters=1)
+    saved = torch.load(folder / "best.pt", weights_only=True)
+    saved["config"] |= changes
+    torch.save(saved, folder / "odd.pt")
+    with pytest.raises(ValueError, match="odd.pt is missing or no checkpoint"):
+        gpt.load(folder / "odd.pt")
 
 
-def test_a_checkpoint_with_fewer_characters_than_ids_is_refused(tmp_path, train):
-    _, out_dir = train("run")
-    saved = torch.load(out_dir / "best.pt", weights_only=True)
-    saved["chars"] = saved["chars"][:-1] + saved["chars"][0]
-    torch.save(saved, tmp_path / "twice.pt")
-    with pytest.raises(gpt.UserError, match="no checkpoint"):
-        gpt.load(tmp_path / "twice.pt", "cpu")
-
-
-def test_resume_refuses_another_text_or_shape(train, text_file):
-    train("run")
-    with pytest.raises(gpt.UserError, match="another n_layer"):
-        train("run", resume=True, n_layer=1)
-    text_file.write_text(text_file.read_text() + "more", encoding="utf-8")
-    with pytest.raises(gpt.UserError, match="another text"):
-        train("run", resume=True)
+def test_the_home_directory_is_found(train, monkeypatch):
+    """By ~, in folders as in files."""
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setitem(os.environ, name, str(train.folder))
+    _, folder = train("run", data="~/text.txt", out_dir="~/run", max_iters=2)
+    assert folder == train.folder / "run" and same(weights(folder), gpt.load(
+        "~/run/last.pt")[0].state_dict())
+    assert gpt.main(["train", "--resume", "--out_dir", "~/run", "--max_iters", "3"]) is None
+    assert weights_step(folder) == 3

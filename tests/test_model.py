@@ -152,5 +152,11 @@ def test_impossible_settings_are_refused(wrong):
         gpt.Config(**wrong)
 
 
+@pytest.mark.parametrize("dtype", ["", "int8", "float64", "bfloat"])
+def test_other_number_formats_are_refused(dtype):
+    with pytest.raises(ValueError, match=f"no dtype {dtype}"):
+        gpt.Config(dtype=dtype)
+
+
 def test_the_settings_for_a_cpu_are_possible():
     gpt.Config(**gpt.CPU)

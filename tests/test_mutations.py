@@ -9,78 +9,91 @@ import pytest
 
 from conftest import ROOT
 
-EXPLICIT = "test_model.py::test_attention_is_explicit_softmax"
 CAUSAL = "test_model.py::test_causal_at_every_position"
 FORMULA = "test_model.py::test_forward_is_the_plain_formula"
+NONE = "test_model.py::test_the_row_that_stands_for_no_character_stays_zero"
 BATCH = "test_data.py::test_batch_is_fixed_by_step_and_seed_and_shifted_by_one"
+EVEN = "test_data.py::test_batches_read_the_text_evenly"
+SHARES = "test_data.py::test_shares_of_all_processes_are_the_whole_batch"
 SPLIT = "test_data.py::test_split_is_disjoint_and_complete"
 CACHE = "test_generate.py::test_cached_logits_are_the_uncached"
-ONE_ROW = "test_generate.py::test_single_characters_as_compiled_give_the_same_logits"
-ROUNDED = "test_generate.py::test_text_is_that_of_weights_rounded_to_bfloat16"
-HALF = "test_generate.py::test_weights_in_bfloat16_count_as_their_values_in_float32"
-WINDOW = "test_generate.py::test_greedy_text_is_the_uncached_also_past_the_window"
+WINDOW = "test_generate.py::test_past_the_window_each_layer_sees_the_last_block_size"
 FILTERS = "test_generate.py::test_filters_exclude_what_they_should"
 WARMTH = "test_generate.py::test_temperature_shapes_the_distribution"
 MUON = "test_optimizer.py::test_muon_follows_torchs_muon"
 TABLES = "test_optimizer.py::test_embedding_and_head_decay_without_a_gradient"
-TAUGHT = "test_train.py::test_teachers_are_learned_beside_the_text"
+STEP = "test_train.py::test_a_step_has_the_gradient_of_the_summed_loss"
 RATES = "test_train.py::test_rates_are_flat_then_fall_to_zero"
 DRAWS = "test_train.py::test_every_seed_and_step_draws_another_batch"
-EVEN = "test_data.py::test_batches_read_the_text_evenly"
+GROWS = "test_train.py::test_windows_grow_and_the_batch_keeps_its_characters"
 WHOLE = "test_train.py::test_evaluate_covers_every_character_once"
+MEAN = "test_train.py::test_evaluate_is_the_mean_over_any_length"
 TRACE = "test_train.py::test_evaluation_leaves_no_trace"
-PARTS = "test_train.py::test_accumulated_gradients_are_those_of_the_whole_batch"
+BEST = "test_train.py::test_best_is_that_of_the_lowest_loss"
 RESUME = "test_checkpoint.py::test_resumed_is_uninterrupted"
-SAVED = "test_checkpoint.py::test_a_failed_save_leaves_the_old_file_and_nothing_else"
+DECAY = "test_checkpoint.py::test_weight_decay_given_when_resuming_counts"
+SHAPE = "test_checkpoint.py::test_resume_refuses_another_shape"
+SECOND = ("test_checkpoint.py::"
+          "test_a_run_can_be_resumed_from_the_start_and_its_folder_is_taken")
+ORDER = "test_kills.py::test_a_death_before_any_write_loses_nothing"
 
 FAULTS = {
-    "no mask while training": ("scale + mask).to", "scale).to", EXPLICIT),
-    "no mask while generating": ("is_causal=T == S", "is_causal=False", CAUSAL),
-    "no mask for a single query, compiled": ("scale + mask).softmax", "scale).softmax", ONE_ROW),
-    "mask off by one": ("> place[:, None]", "> place[:, None] + 1", EXPLICIT),
-    "no 1 / sqrt(D)": ("1 / math.sqrt(q.size(-1))", "1", EXPLICIT),
-    "softmax over the queries": ("weights.sum(-1, keepdim=True, dtype=torch.float)",
-                                 "weights.sum(-2, keepdim=True).mT", EXPLICIT),
-    "rotary angles of the keys shifted by one":
-        ("cos[:, None, None], sin[:, None, None]",
-         "*(torch.stack((t, t.roll(-1, 0)), 1)[:, :, None] for t in (cos, sin))", FORMULA),
-    "values turned too": ("zip(kv, (k, v))", "zip(kv, (k, rotary(v, cos, sin)))", CACHE),
-    "no norm before the MLP": ("linear(norm(x), up)", "linear(x, up)", FORMULA),
-    "no QK norm for the queries":
-        ("(norm(qk),", "(torch.stack((qk[:, :, 0], norm(qk[:, :, 1])), 2),", FORMULA),
-    "ReLU without its square": (".square()  # (B, T, 4C)", "  # (B, T, 4C)", FORMULA),
+    "no mask for a prompt": ("is_causal=q.size(2) > 1", "is_causal=False", CAUSAL),
+    "only the first key for a single query": ("is_causal=q.size(2) > 1", "is_causal=True", CACHE),
+    "keys not turned": ("rotary(norm(k), cos, sin)", "norm(k)", FORMULA),
+    "no QK norm for the queries": ("rotary(norm(q), cos", "rotary(q, cos", FORMULA),
+    "queries turned the other way": ("rotary(norm(q), cos, sin)", "rotary(norm(q), cos, -sin)",
+                                     FORMULA),
+    "no norm before the MLP": ("self.up(norm(x))", "self.up(x)", FORMULA),
+    "ReLU without its square": ("self.up(norm(x))).square()", "self.up(norm(x)))", FORMULA),
+    "heads mixed up": ("y.transpose(1, 2).flatten(2)", "y.reshape(x.shape)", FORMULA),
+    "two characters exchanged": ("this, previous, before =", "this, before, previous =", FORMULA),
+    "something before the text": ("F.pad(idx, (2, 0), value=V)", "F.pad(idx, (2, 0))", FORMULA),
+    "the row for no character learns": (", padding_idx=V", "", NONE),
     "earlier characters forgotten by the cache":
-        ("cache.recent.copy_(idx[:, -2:])", "pass", CACHE),
-    "cache position off by one": ("cache.length += T", "cache.length += T - 1", CACHE),
+        ("len(place), idx[:, -2:]", "len(place), cache.recent", CACHE),
+    "cache position off by one": ("cache.length + len(place)", "cache.length + len(place) - 1",
+                                  CACHE),
+    "positions begin anew with every character": ("(cache.length if cache else 0)", "0", CACHE),
     "past the window, the newest key takes the place of the last, not of the oldest":
-        ("place % old.size(2)", "place.clamp(max=old.size(2) - 1)", WINDOW),
-    "weights not rounded to write": ("(model).bfloat16().float()", "(model)", ROUNDED),
-    "embedding added up in bfloat16": ("table).float()", "table)", HALF),
-    "targets not shifted": ("window[:, 1:]", "window[:, :-1]", BATCH),
-    "validation text in training": ("return tokenizer, ids[:cut]", "return tokenizer, ids", SPLIT),
-    "the last window not evaluated":
-        ("inputs.split(16)", "inputs[:-1].split(16)", WHOLE),
-    "the filling of the last window evaluated": ("value=-100", "value=0", WHOLE),
-    "rate not decayed": ("= peak * factor", "= peak", RATES),
-    "decay left out": ("p.mul_(1 - lr * group[\"weight_decay\"])", "p", MUON),
-    "tables not decayed": ("weight_decay=config.adamw_weight_decay", "weight_decay=0", TABLES),
-    "decay coupled with the gradient":
-        ("p.grad.lerp(average, momentum))", "p.grad.lerp(average, momentum) + p)", MUON),
-    "no Nesterov": ("(p.grad.lerp(average, momentum))", "(average)", MUON),
-    "top-p keeps one too few": (".cumsum(-1) - probs < top_p", ".cumsum(-1) < top_p", FILTERS),
-    "top-k keeps one too many": ("top_k or logits", "top_k + 1 or logits", FILTERS),
-    "temperature ignored": ("(logits / max(temperature, 1e-200))", "logits", WARMTH),
-    "every step the same batch": ("block_size // cut, step,", "block_size // cut, 0,", DRAWS),
+        ("slots % self.kv.size(4)", "slots.clamp(max=self.kv.size(4) - 1)", WINDOW),
+    "targets not shifted": ("data[places[:, 1:]]", "data[places[:, :-1]]", BATCH),
     "batches read unevenly": ("(5**0.5 - 1) / 2", "0.5", EVEN),
-    "train_temperature ignored": (" / config.train_temperature", "", TAUGHT),
-    "dropout goes on after an evaluation":
-        ("            model.train()\n", "", TRACE),
-    "parts of a batch not averaged": ("y.flatten()) / parts", "y.flatten())", PARTS),
-    "teachers added, not averaged": (" / len(teach)", "", TAUGHT),
-    "optimizers not resumed":
-        ("keeper.load_state_dict(state or keeper.state_dict())", "pass", RESUME),
-    "saving straight into the file":
-        ("Path(f\"{path}.{os.getpid()}.tmp\")", "path", SAVED)}
+    "every process reads the whole batch": ("start[RANK::WORLD, None]", "start[:, None]", SHARES),
+    "validation text in training": ("encode(text[:cut], chars),", "encode(text, chars),", SPLIT),
+    "the last window not evaluated": (".view(-1, block_size).split(16)\n    targets",
+                                      "[:-block_size].view(-1, block_size).split(16)\n    targets",
+                                      WHOLE),
+    "the filling of the last window evaluated": ("value=-100", "value=0", MEAN),
+    "rate not decayed": ("optimizer.defaults[\"lr\"] * factor", "optimizer.defaults[\"lr\"]",
+                         RATES),
+    "decay left out": ("p.mul_(1 - group[\"lr\"] * group[\"weight_decay\"])", "p", MUON),
+    "tables not decayed": ("weight_decay=config.adamw_weight_decay", "weight_decay=0", TABLES),
+    "no Nesterov": ("orthogonalize(grad.lerp(average, group[\"momentum\"]))",
+                    "orthogonalize(average)", MUON),
+    "no factor for tall matrices": ("max(1, grad.size(-2) / grad.size(-1)) ** 0.5", "1", MUON),
+    "top-p keeps one too few": (".cumsum(-1) - probs >= top_p", ".cumsum(-1) >= top_p", FILTERS),
+    "top-k keeps one too many": ("min(top_k or logits.size(1)", "min(top_k + 1", FILTERS),
+    "temperature ignored": (" / max(temperature, 1e-9)", "", WARMTH),
+    "every step the same batch": ("config.block_size // cut, step,", "config.block_size // cut, 0,",
+                                  DRAWS),
+    "short windows without more of them": ("config.batch_size * cut", "config.batch_size", GROWS),
+    "train_temperature ignored": (" / config.train_temperature", "", STEP),
+    "gradients of the mean": ("loss = F.cross_entropy(logits, y.flatten(), reduction=\"sum\")",
+                              "loss = F.cross_entropy(logits, y.flatten())", STEP),
+    "gradients of the last step kept": ("model.train().zero_grad()", "model.train()", TRACE),
+    "dropout goes on as in evaluation": ("model.train().zero_grad()", "model.zero_grad()", TRACE),
+    "dropout by chance": ("torch.manual_seed((config.seed * 2**20 + step) * WORLD + RANK)", "pass",
+                          RESUME),
+    "optimizers not resumed": ("zip((model, *optimizers), run", "zip((model,), run", RESUME),
+    "old weight decay kept": ("group.update(optimizer.defaults, lr=", "group.update(lr=", DECAY),
+    "the worst evaluation kept": ("== min(row[\"val_loss\"]", "== max(row[\"val_loss\"]", BEST),
+    "another shape accepted": ("[config.n_layer, config.n_head, config.n_embd, config.block_size, "
+                               "sha256]", "[sha256]", SHAPE),
+    "a folder taken twice": ("not any(out_dir.glob(\"*.pt\"))", "True", SECOND),
+    "the end saved before the best": ("{\"best.pt\": run | {\"states\": states[:1]}} | files",
+                                      "files | {\"best.pt\": run | {\"states\": states[:1]}}",
+                                      ORDER)}
 
 
 def red(folder, source, *tests):

@@ -33,7 +33,8 @@ def sizes(source):
     """Lines, lines of code (not blank, no comment, no docstring), longest function, widest line."""
     lines, tree, told = source.splitlines(), ast.parse(source), set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
+        kinds = ast.Module | ast.ClassDef | ast.FunctionDef
+        if isinstance(node, kinds) and ast.get_docstring(node):
             told |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
     code = [i for i, line in enumerate(lines, 1)
             if line.strip() and not line.strip().startswith("#") and i not in told]

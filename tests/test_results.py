@@ -27,6 +27,16 @@ def test_readme_shows_the_tables_of_the_result_files():
     assert results.filled(readme) == readme
 
 
+def test_benchmarks_md_is_made_from_the_result_files():
+    assert (OUTPUTS / "BENCHMARKS.md").read_text(encoding="utf-8") == results.report()
+
+
+def test_readme_is_short_and_comes_to_the_point():
+    lines = (results.ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 230 and len(" ".join(lines).split()) <= 2200
+    assert any(line.startswith("    python") for line in lines[:30])
+
+
 def test_a_changed_number_in_readme_is_seen():
     readme = (results.ROOT / "README.md").read_text(encoding="utf-8")
     row = results.models().splitlines()[-1]

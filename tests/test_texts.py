@@ -36,13 +36,15 @@ def test_any_text_is_read_and_trained_on(config, tmp_path, written, read):
     assert len(text) == 20 and set(text) <= set(read)
 
 
-def test_a_text_shorter_than_the_window_is_refused(config, tmp_path):
-    """17 characters to train on are one window of 16 and the targets beside it."""
-    path = tmp_path / "text.txt"
-    plan = replace(config, max_iters=1, data=str(path), out_dir=str(tmp_path / "run"))
-    path.write_text("to be or not to be"[:17], encoding="utf-8")
-    with pytest.raises(ValueError, match="too short: lower --block_size"):
-        gpt.train(plan)
-    assert not (tmp_path / "run").exists()
-    path.write_text("to be or not to be."[:19], encoding="utf-8")
-    assert gpt.train(plan)["step"] == 1
+@pytest.mark.parametrize("length, fits", [(18, False), (19, True)])
+def test_a_text_shorter_than_the_window_is_refused(config, tmp_path, length, fits):
+    """Training needs 17 characters: a window of 16 and the one after it. The rest validates."""
+    path, out_dir = tmp_path / "text.txt", tmp_path / "run"
+    path.write_text("to be or not to be."[:length], encoding="utf-8")
+    plan = replace(config, max_iters=1, data=str(path), out_dir=str(out_dir))
+    if fits:
+        assert gpt.train(plan)["step"] == 1
+    else:
+        with pytest.raises(ValueError, match="too short: lower --block_size"):
+            gpt.train(plan)
+        assert not out_dir.exists()

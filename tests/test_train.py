@@ -348,32 +348,41 @@ SHAPE = gpt.CPU | dict(n_layer=1, n_head=2, n_embd=16, block_size=16, batch_size
                        short_fraction=0.0, decay_fraction=1e-9, dtype="float32", compile="off")
 
 
-def processes(number, folder, *words, **env):
-    """Train in `folder`, which holds text.txt, with torchrun, or without for one process."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={number}"]
-    flags = [word for name, value in SHAPE.items() for word in (f"--{name}", value)]
-    command = [sys.executable, *(torchrun if number > 1 else ()), ROOT / "gpt.py", "train",
-               *words, *(() if "--resume" in words else ("--data", "text.txt", *flags))]
-    done = subprocess.run([*map(str, command)], cwd=folder, capture_output=True, text=True,
-                          timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"} | env)
+def start(folder, *words, **env):
+    """Run Python in `folder`, which holds text.txt, and must end well."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | env
+    done = subprocess.run([sys.executable, *map(str, words)], cwd=folder, capture_output=True,
+                          text=True, timeout=240, env=env)
     assert done.returncode == 0, done.stderr
     return done.stderr
 
 
+def flags(out_dir, steps):
+    shape = [word for name, value in SHAPE.items() for word in (f"--{name}", str(value))]
+    return ["train", "--data", "text.txt", "--out_dir", out_dir, "--max_iters", str(steps), *shape]
+
+
 def test_two_processes_train_like_one_and_resume_exactly(tmp_path, text_file, train):
     """The same batch on two gloo processes: equal up to the order of the sums. With rates that
-    stay, half as many steps and then --resume are all steps at once."""
-    said = processes(2, tmp_path, "--max_iters", 8, "--out_dir", "two")
-    assert said.count("step 8, 100%") == 1  # one of them tells
-    processes(2, tmp_path, "--max_iters", 4, "--out_dir", "half")
-    processes(2, tmp_path, "--max_iters", 8, "--out_dir", "half", "--resume")
-    _, one = train("one", **SHAPE)
-    a, b = weights(one), weights(tmp_path / "two")
-    assert all(torch.allclose(a[name], b[name], atol=1e-4) for name in a)
-    assert same(weights(tmp_path / "half"), b)
+    stay, half of the steps and then --resume are all steps at once."""
+    again = ["train", "--out_dir", "half", "--resume", "--max_iters", "8"]
+    (tmp_path / "three.py").write_text(f"""
+import gpt
+from torch import distributed
+for words in ({flags("two", 8)}, {flags("half", 4)}, {again}):
+    assert gpt.main(words) is None
+    distributed.barrier()  # else one could resume what the other has not yet saved
+    distributed.init_process_group = lambda: None  # there is one
+""")
+    said = start(tmp_path, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                 "three.py")
+    assert said.count("step 8, 100%") == 2  # of two processes, one tells
+    one = weights(train("one", **SHAPE)[1])
+    two, half = weights(tmp_path / "two"), weights(tmp_path / "half")
+    assert all(torch.allclose(one[name], two[name], atol=1e-4) for name in one)
+    assert same(two, half) and not same(one, two)
 
 
 def test_left_over_variables_of_other_launchers_change_nothing(tmp_path, text_file, train):
-    processes(1, tmp_path, "--max_iters", 8, "--out_dir", "left", RANK="1", WORLD_SIZE="2")
-    _, alone = train("alone", **SHAPE)
-    assert same(weights(alone), weights(tmp_path / "left"))
+    start(tmp_path, ROOT / "gpt.py", *flags("left", 8), RANK="1", WORLD_SIZE="2", LOCAL_RANK="1")
+    assert same(weights(train("alone", **SHAPE)[1]), weights(tmp_path / "left"))
