@@ -157,7 +157,7 @@ def command_lines(draw):
     return [command, *FIRST[command], *flags]
 
 
-@cases(300, words=command_lines())
+@cases(200, words=command_lines())
 def test_any_command_line_ends_with_a_status(folder, words):
     shutil.copytree(folder / "run", folder / "again", dirs_exist_ok=True)
     before = sorted(folder.rglob("*"))

@@ -42,11 +42,11 @@ def test_without_a_compiler_training_goes_on(cli, text_file, tmp_path):
 
 
 class OnMPS(torch.Tensor):
-    """A tensor that can do nothing but become one on the CPU: MPS has no 64 bits, and its own
-    generator draws other numbers."""
+    """A tensor that can do nothing but tell its size and become one on the CPU: MPS has no 64
+    bits, and its own generator draws other numbers."""
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
-        assert function in (torch.Tensor.float, torch.Tensor.cpu), function
+        assert function in (torch.Tensor.size, torch.Tensor.float, torch.Tensor.cpu), function
         result = super().__torch_function__(function, types, args, kwargs)
         return result.as_subclass(torch.Tensor) if function is torch.Tensor.cpu else result
 
