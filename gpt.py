@@ -222,7 +222,7 @@ def load(path, device="cpu"):
     """Model and content of a checkpoint. Reads tensors and plain values, and runs no code."""
     try:
         saved = torch.load(Path(path).expanduser(), map_location=device, weights_only=True)
-        model = GPT(Config(**saved["config"])).to(device)
+        model = GPT(Config(**saved["config"] | {"vocab_size": len(saved["chars"])})).to(device)
         model.load_state_dict(saved["states"][0])
         return model.eval(), saved
     except Exception as error:
@@ -255,7 +255,7 @@ def train_step(model, optimizers, data, config, step, done):
             distributed.all_reduce(p.grad)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                factor = min(1, (1 - done) / config.decay_fraction)
+                factor = min(1, (1 - done) / max(config.decay_fraction, 1e-9))
                 group.update(optimizer.defaults, lr=optimizer.defaults["lr"] * factor)
             optimizer.step()
     return loss.detach() / y.numel()
@@ -265,7 +265,7 @@ def train(config, saved=None):
     device, out_dir = pick_device(config.device), Path(config.out_dir).expanduser()
     dtype = pick_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype)
     path, chars, data, val_data, sha256 = load_text(config.data)
-    check(len(data) > config.block_size, f"{path} is too short: lower --block_size")
+    check(len(data) > config.block_size and len(val_data) > 1, "text too short: lower --block_size")
     config = replace(config, vocab_size=len(chars), dtype=str(dtype).removeprefix("torch."))
     if WORLD > 1:
         check(not config.minutes, "several processes train for --max_iters, not for --minutes")
@@ -319,13 +319,13 @@ def sample_next(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     """One id (B, 1) for each row of logits (B, V). Temperature 0 is greedy, top_k 0 keeps all."""
     logits, ids = logits.float().cpu().topk(min(top_k or logits.size(1), logits.size(1)))
     probs = ((logits - logits[:, :1]) / max(temperature, 1e-9)).softmax(-1)
-    probs[probs.cumsum(-1) - probs >= top_p] = 0  # top-p (Holtzman et al., 2020)
+    probs[probs.cumsum(-1) - probs >= max(top_p, 1e-9)] = 0  # top-p (Holtzman et al., 2020)
     return ids.gather(-1, torch.multinomial(probs, 1, generator=generator))
 
 @torch.inference_mode()
 def generate(model, idx, max_new_tokens=500, temperature=0.8, top_k=0, top_p=1.0, seed=1):
     """Go on from the last block_size of idx (B, T): yields max_new_tokens times one id (B, 1)."""
-    check(min(max_new_tokens, temperature, top_k) >= 0 < top_p <= 1, "a number is out of range")
+    check(min(max_new_tokens, top_k) >= 0 <= temperature < 1e9 and 0 < top_p <= 1, "out of range")
     idx, device = idx[:, -model.config.block_size:], model.head.weight.device
     cache, generator = KVCache(model.config, len(idx), device), torch.Generator().manual_seed(seed)
     for _ in range(max_new_tokens):

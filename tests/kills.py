@@ -71,7 +71,7 @@ def text(checkpoint):
     """What a checkpoint generates."""
     model, saved = gpt.load(checkpoint)
     idx = gpt.encode("\n", saved["chars"])[None]
-    return "".join(saved["chars"][i] for i in gpt.generate(model, idx, 100))
+    return "".join(saved["chars"][i] for i in gpt.generate(model, idx, 30))
 
 
 def outcome(out_dir):

@@ -1,7 +1,6 @@
 """Saving and going on: a run that was cut anywhere ends like one that was left alone."""
 import json
 import math
-import os
 import pickle
 import signal
 import subprocess
@@ -51,7 +50,7 @@ def differences(whole, other):
     return [name for name in expected if expected[name] != found[name]]
 
 
-@pytest.mark.parametrize("step", [0, 3, 4, 6])
+@pytest.mark.parametrize("step", [3, 6])
 @pytest.mark.parametrize("changes", [
     dict(), dict(dropout=0.2), dict(short_fraction=0.9), dict(dtype="float16", dropout=0.2)],
     ids=lambda changes: "-".join(changes) or "plain")
@@ -95,16 +94,6 @@ def test_weight_decay_given_when_resuming_counts(train):
     _, kept = train("kept", resume=True, max_iters=12)
     _, more = train("more", resume=True, max_iters=12, weight_decay=5.0)
     assert not torch.equal(*(weights(folder)["blocks.0.up.weight"] for folder in (kept, more)))
-
-
-def test_steps_and_minutes_take_each_others_place(train):
-    _, folder = train("run", minutes=1e-6)
-    command = ["train", "--resume", "--out_dir", str(folder)]
-    assert gpt.main([*command, "--max_iters", "3"]) is None
-    assert weights_step(folder) == 3
-    assert gpt.main([*command, "--minutes", "0.01"]) is None
-    run = json.loads((folder / "run.json").read_text())
-    assert run["step"] > 3 and run["seconds"] >= 0.6
 
 
 def weights_step(folder):
@@ -171,7 +160,7 @@ def test_a_run_can_be_resumed_from_the_start_and_its_folder_is_taken(train, cut)
 def test_killed_run_resumes_to_the_same_weights(tmp_path, text_file, train):
     """kill -9 in the middle, then --resume alone: the weights of a run that was never killed."""
     shape = gpt.CPU | dict(n_layer=1, n_head=2, n_embd=32, block_size=16, batch_size=4, dropout=0.2,
-                           max_iters=400, eval_interval=20, dtype="float32", compile="off")
+                           max_iters=150, eval_interval=20, dtype="float32", compile="off")
     command = [sys.executable, ROOT / "gpt.py", "train", "--out_dir", tmp_path / "killed"]
     words = [word for name, value in shape.items() for word in (f"--{name}", value)]
     with subprocess.Popen([*map(str, [*command, "--data", text_file, *words])],
@@ -179,7 +168,7 @@ def test_killed_run_resumes_to_the_same_weights(tmp_path, text_file, train):
         while not process.stderr.readline().startswith("step"):
             assert process.poll() is None
         process.kill()
-    assert process.returncode == -signal.SIGKILL and 20 <= weights_step(tmp_path / "killed") < 400
+    assert process.returncode == -signal.SIGKILL and 20 <= weights_step(tmp_path / "killed") < 150
     done = subprocess.run([*map(str, command), "--resume"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert same(weights(train("whole", **shape)[1]), weights(tmp_path / "killed"))
@@ -244,14 +233,3 @@ def test_checkpoints_that_do_not_fit_are_refused(train, changes):
     torch.save(saved, folder / "odd.pt")
     with pytest.raises(ValueError, match="odd.pt is missing or no checkpoint"):
         gpt.load(folder / "odd.pt")
-
-
-def test_the_home_directory_is_found(train, monkeypatch):
-    """By ~, in folders as in files."""
-    for name in ("HOME", "USERPROFILE"):
-        monkeypatch.setitem(os.environ, name, str(train.folder))
-    _, folder = train("run", data="~/text.txt", out_dir="~/run", max_iters=2)
-    assert folder == train.folder / "run" and same(weights(folder), gpt.load(
-        "~/run/last.pt")[0].state_dict())
-    assert gpt.main(["train", "--resume", "--out_dir", "~/run", "--max_iters", "3"]) is None
-    assert weights_step(folder) == 3

@@ -17,71 +17,92 @@ SMALL = ("--n_layer", 1, "--n_head", 2, "--n_embd", 16, "--block_size", 16, "--b
 
 
 @pytest.fixture
-def trained(cli, text_file, tmp_path):
-    done = cli("train", "--data", text_file, "--out_dir", "run", *SMALL)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == ""
-    return tmp_path / "run"
+def run(capsys, monkeypatch, tmp_path):
+    """Run a command line in tmp_path: run("train", ...) -> status, output, errors."""
+    monkeypatch.chdir(tmp_path)
+
+    def command(*words):
+        capsys.readouterr()
+        return gpt.main([*map(str, words)]), *capsys.readouterr()
+    return command
 
 
-def test_help_shows_every_flag_and_its_default(cli):
-    shown = cli("--help").stdout + cli("train", "--help").stdout + cli("generate", "--help").stdout
+@pytest.fixture
+def trained(run, text_file):
+    status, out, err = run("train", "--data", text_file, "--out_dir", "run", *SMALL)
+    assert status is None and out == "", err
+    return text_file.parent / "run"
+
+
+def about(folder):
+    return json.loads((folder / "run.json").read_text())
+
+
+def test_help_shows_every_flag_and_its_default(capsys):
+    for words in (["--help"], ["train", "--help"], ["generate", "--help"]):
+        with pytest.raises(SystemExit) as stop:
+            gpt.main(words)
+        assert not stop.value.code
+    shown = capsys.readouterr().out
     for name in [*gpt.asdict(gpt.Config()), *gpt.WRITING, "resume"]:
         assert f"--{name}" in shown
     assert re.search(r"--n_embd N_EMBD\s+default: 256", shown) and "{train,generate}" in shown
 
 
-def test_train_tells_what_it_does_and_reached(cli, trained, text_file):
-    run = json.loads((trained / "run.json").read_text())
-    done = cli("train", "--data", text_file, "--out_dir", "again", *SMALL)
-    first, *rows, last = done.stderr.splitlines()
+def test_train_tells_what_it_does_and_reached(run, text_file):
+    status, out, err = run("train", "--data", text_file, "--out_dir", "run", *SMALL)
+    first, *rows, last = err.splitlines()
+    assert status is None and out == ""
     assert "cpu" in first and f"3,600 characters of {text_file}" in first
     assert len(rows) == 2 and rows[1].startswith("step 6, 100%:")
     nats, bits, perplexity = map(float, re.findall(r"val (\S+) .* (\S+) bits, perplexity (\S+)",
                                                    rows[1])[0])
-    assert nats == pytest.approx(run["val_loss"], abs=1e-4)
+    assert nats == pytest.approx(about(text_file.parent / "run")["val_loss"], abs=1e-4)
     assert bits == pytest.approx(nats / math.log(2), abs=1e-3)
     assert perplexity == pytest.approx(math.exp(nats), rel=1e-3)
-    assert last.startswith("next: ") and last.endswith("--checkpoint again/best.pt")
+    assert last.startswith("next: ") and last.endswith("--checkpoint run/best.pt")
 
 
-def test_generate_goes_on_from_a_prompt(cli, trained):
-    words = ("generate", "--checkpoint", trained / "best.pt", "--prompt", "The ",
-             "--max_new_tokens", 40)
-    done = cli(*words)
-    assert done.returncode == 0 and done.stderr == ""
-    assert done.stdout.startswith("The ") and len(done.stdout) == 4 + 40 + 1
-    assert cli(*words).stdout == done.stdout
-    assert cli(*words, "--seed", 2).stdout != done.stdout
-    assert cli(*words[:-1], 0).stdout == "The \n"
+def test_generate_goes_on_from_a_prompt(run, trained):
+    words = ("generate", "--checkpoint", "run/best.pt", "--prompt", "The ", "--max_new_tokens")
+    status, text, err = run(*words, 40)
+    assert status is None and err == ""
+    assert text.startswith("The ") and len(text) == 4 + 40 + 1
+    assert run(*words, 40)[1] == text
+    assert run(*words, 40, "--seed", 2)[1] != text
+    assert run(*words, 0)[1] == "The \n"
 
 
-def test_resume_needs_no_flags_and_may_have_others(cli, trained):
-    done = cli("train", "--out_dir", "run", "--resume")
-    assert done.returncode == 2 and "finished" in done.stderr and "--max_iters" in done.stderr
-    done = cli("train", "--out_dir", "run", "--resume", "--max_iters", 9, "--batch_size", 2)
-    assert done.returncode == 0, done.stderr
-    run = json.loads((trained / "run.json").read_text())
-    assert run["step"] == 9 and run["config"]["batch_size"] == 2 and run["config"]["n_embd"] == 16
+def test_resume_needs_no_flags_and_may_have_others(run, trained):
+    status, _, err = run("train", "--out_dir", "run", "--resume")
+    assert status == 2 and "finished" in err and "--max_iters" in err
+    words = ("--resume", "--max_iters", 9, "--batch_size", 2)
+    status, _, err = run("train", "--out_dir", "run", *words)
+    assert status is None, err
+    left = about(trained)
+    assert left["step"] == 9 and left["config"].items() >= dict(batch_size=2, n_embd=16).items()
 
 
-def test_a_run_by_minutes_goes_on_by_steps(cli, trained):
-    done = cli("train", "--out_dir", "run", "--resume", "--minutes", 0.02)
-    assert done.returncode == 0, done.stderr
-    step = json.loads((trained / "run.json").read_text())["step"]
-    done = cli("train", "--out_dir", "run", "--resume", "--max_iters", step + 3)
-    assert done.returncode == 0, done.stderr
-    assert json.loads((trained / "run.json").read_text())["step"] == step + 3
+def test_a_run_by_minutes_goes_on_by_steps(run, trained):
+    status, _, err = run("train", "--out_dir", "run", "--resume", "--minutes", 0.02)
+    assert status is None, err
+    step = about(trained)["step"]
+    assert step > 6
+    status, _, err = run("train", "--out_dir", "run", "--resume", "--max_iters", step + 3)
+    assert status is None, err
+    assert about(trained)["step"] == step + 3
 
 
-def test_the_tilde_is_the_home_folder(tmp_path, text_file, monkeypatch, capsys):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("USERPROFILE", str(tmp_path))
-    words = ["train", "--data", "~/text.txt", "--out_dir", "~/mine", *map(str, SMALL)]
-    assert not gpt.main(words)
-    assert (tmp_path / "mine/best.pt").exists()
-    assert not gpt.main(["generate", "--checkpoint", "~/mine/best.pt", "--max_new_tokens", "3"])
-    assert len(capsys.readouterr().out) == 1 + 3 + 1
+def test_the_tilde_is_the_home_folder(run, text_file, monkeypatch, tmp_path):
+    """When training, resuming and writing, in files as in folders."""
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(tmp_path))
+    assert run("train", "--data", "~/text.txt", "--out_dir", "~/mine", *SMALL)[0] is None
+    assert (tmp_path / "mine/best.pt").exists() and not (tmp_path / "~").exists()
+    assert run("train", "--out_dir", "~/mine", "--resume", "--max_iters", 7)[0] is None
+    assert about(tmp_path / "mine")["step"] == 7
+    words = ("generate", "--checkpoint", "~/mine/best.pt", "--max_new_tokens", 3)
+    assert len(run(*words)[1]) == 1 + 3 + 1
 
 
 def test_from_any_folder_it_finds_what_lies_beside_it(tmp_path):
@@ -93,19 +114,25 @@ def test_from_any_folder_it_finds_what_lies_beside_it(tmp_path):
     (tmp_path / "there/gpt.py").write_text(source.replace("https://raw", "file:///nowhere/raw"))
     done = subprocess.run([sys.executable, "there/gpt.py", "train", *map(str, SMALL)], cwd=tmp_path,
                           capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and done.stdout == "", done.stderr
     assert done.stderr.startswith("taking ") and "the_salt_tide.txt" in done.stderr.splitlines()[1]
 
 
-def test_it_runs_in_a_notebook_cell(trained, monkeypatch):
+def test_it_writes_character_by_character_also_in_a_notebook_cell(trained, monkeypatch):
     """There, standard output is no file: it can't be reconfigured and has no number."""
+    told = []
+
     class OutStream(io.StringIO):
         reconfigure = property()
 
+        def flush(self):
+            told.append(self.getvalue())
+
     monkeypatch.setattr(sys, "stdout", OutStream())
-    assert not gpt.main(["generate", "--checkpoint", str(trained / "best.pt"),
-                         "--max_new_tokens", "5"])
+    assert gpt.main(["generate", "--checkpoint", str(trained / "best.pt"),
+                     "--max_new_tokens", "5"]) is None
     assert len(sys.stdout.getvalue()) == 1 + 5 + 1
+    assert [len(text) for text in told][:5] == [2, 3, 4, 5, 6]
 
 
 MISTAKES = [  # words on the command line, what the line must name
@@ -122,6 +149,8 @@ MISTAKES = [  # words on the command line, what the line must name
     (("train", "--data", "cut.txt"), "position 7"),
     (("train", "--data", "short.txt"), "too short"),
     (("train", "--device", "toaster"), "toaster"),
+    (("train", "--device", "cuda"), "there is no cuda here"),
+    (("generate", "--checkpoint", "run/best.pt", "--device", "cuda"), "there is no cuda here"),
     (("train", "--dtype", "int8"), "int8"),
     (("train", "--dropout", 1.5, "--out_dir", "new", "--compile", "off"), "dropout"),
     (("train", "--data", "text.txt", "--out_dir", "run"), "--resume"),
@@ -136,6 +165,9 @@ MISTAKES = [  # words on the command line, what the line must name
     (("generate", "--checkpoint", "missing.pt"), "missing.pt"),
     (("generate", "--checkpoint", "text.txt"), "no checkpoint"),
     (("generate", "--checkpoint", "cut.pt"), "no checkpoint"),
+    (("generate", "--checkpoint", "foreign.pt"), "no checkpoint"),
+    (("generate", "--checkpoint", "run"), "no checkpoint"),
+    (("train", "--out_dir", "foreign", "--resume"), "no checkpoint"),
     (("generate", "--checkpoint", "run/best.pt", "--prompt", "naïve"), "'ï'"),
     (("generate", "--checkpoint", "run/best.pt", "--prompt", ""), "empty"),
     (("generate", "--checkpoint", "run/best.pt", "--max_new_tokens", -1), "out of range"),
@@ -144,8 +176,8 @@ MISTAKES = [  # words on the command line, what the line must name
 ]
 
 
-def test_a_mistake_is_one_line_status_2_and_changes_nothing(trained, tmp_path, text_file,
-                                                            monkeypatch, capsys):
+def test_a_mistake_is_one_line_status_2_and_changes_nothing(run, trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpt.torch.accelerator, "current_accelerator", lambda **options: None)
     (tmp_path / "empty.txt").write_bytes(b"")
     (tmp_path / "binary.bin").write_bytes(bytes(range(128, 256)))
     (tmp_path / "zeros.bin").write_bytes(bytes(100))
@@ -154,18 +186,19 @@ def test_a_mistake_is_one_line_status_2_and_changes_nothing(trained, tmp_path, t
     (tmp_path / "short.txt").write_text("too short a text")
     (tmp_path / "other.txt").write_text("Straße " * 100, encoding="utf-8")
     (tmp_path / "cut.pt").write_bytes((trained / "best.pt").read_bytes()[:2000])
-    (tmp_path / "kept").mkdir()
+    for name in ("kept", "foreign"):
+        (tmp_path / name).mkdir()
     shutil.copy(trained / "best.pt", tmp_path / "kept")
-    monkeypatch.chdir(tmp_path)
+    for path in (tmp_path / "foreign.pt", tmp_path / "foreign/last.pt"):
+        gpt.torch.save({"model": {}, "step": 3}, path)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     for words, named in MISTAKES:
         if words[0] == "train" and "--resume" not in words and "--data" not in words:
             words = (*words, "--data", "text.txt")
-        status = gpt.main([str(word) for word in words])
-        shown = capsys.readouterr()
-        told = [line for line in shown.err.splitlines() if not line.startswith("cpu, ")]
-        assert (status, shown.out.strip(), len(told)) == (2, "", 1), (words, shown.err)
-        assert told[0].startswith("error: ") and named in told[0], (words, shown.err)
+        status, out, err = run(*words)
+        told = [line for line in err.splitlines() if not line.startswith("cpu, ")]
+        assert (status, out.strip(), len(told)) == (2, "", 1), (words, err)
+        assert told[0].startswith("error: ") and named in told[0], (words, err)
     after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert {path: after.get(path) for path in before} == before
 

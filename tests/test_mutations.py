@@ -72,7 +72,7 @@ FAULTS = {
     "no Nesterov": ("orthogonalize(grad.lerp(average, group[\"momentum\"]))",
                     "orthogonalize(average)", MUON),
     "no factor for tall matrices": ("max(1, grad.size(-2) / grad.size(-1)) ** 0.5", "1", MUON),
-    "top-p keeps one too few": (".cumsum(-1) - probs >= top_p", ".cumsum(-1) >= top_p", FILTERS),
+    "top-p keeps one too few": (".cumsum(-1) - probs >=", ".cumsum(-1) >=", FILTERS),
     "top-k keeps one too many": ("min(top_k or logits.size(1)", "min(top_k + 1", FILTERS),
     "temperature ignored": (" / max(temperature, 1e-9)", "", WARMTH),
     "every step the same batch": ("config.block_size // cut, step,", "config.block_size // cut, 0,",
@@ -81,7 +81,7 @@ FAULTS = {
     "train_temperature ignored": (" / config.train_temperature", "", STEP),
     "gradients of the mean": ("loss = F.cross_entropy(logits, y.flatten(), reduction=\"sum\")",
                               "loss = F.cross_entropy(logits, y.flatten())", STEP),
-    "gradients of the last step kept": ("model.train().zero_grad()", "model.train()", TRACE),
+    "gradients of the last step kept": ("model.train().zero_grad()", "model.train()", STEP),
     "dropout goes on as in evaluation": ("model.train().zero_grad()", "model.zero_grad()", TRACE),
     "dropout by chance": ("torch.manual_seed((config.seed * 2**20 + step) * WORLD + RANK)", "pass",
                           RESUME),
@@ -96,18 +96,40 @@ FAULTS = {
                                       ORDER)}
 
 
-def red(folder, source, *tests):
-    """Whether one of the tests fails on this gpt.py."""
+WORKER = """
+import faulthandler, os, sys
+import pytest
+sys.dont_write_bytecode = True  # else Python could take a new gpt.py for the last
+for line in sys.stdin:
+    for name, module in [*sys.modules.items()]:
+        if (getattr(module, "__file__", None) or "").startswith(os.getcwd()):
+            del sys.modules[name]
+    faulthandler.dump_traceback_later(300, exit=True)
+    status = pytest.main(["-x", "-p", "no:cacheprovider", *line.split()])
+    print(f"\\nstatus {int(status)}", flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def red(tmp_path_factory):
+    """red(source, *tests): whether one of the tests fails on this gpt.py. All run in one process,
+    so that torch is imported once."""
+    folder = tmp_path_factory.mktemp("copy").resolve()
     for name in ("tests", "data"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / ".pytest.ini", folder)
-    (folder / "gpt.py").write_text(source, encoding="utf-8")
-    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider"]
-    done = subprocess.run(command + [f"tests/{test}" for test in tests], cwd=folder,
-                          capture_output=True, text=True, timeout=300,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode in (0, 1), done.stdout + done.stderr  # 1: ran, and a test failed
-    return done.returncode == 1
+    with subprocess.Popen([sys.executable, "-c", WORKER], cwd=folder, text=True, encoding="utf-8",
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"}) as process:
+        def run(source, *tests):
+            (folder / "gpt.py").write_text(source, encoding="utf-8")
+            print(*(f"tests/{test}" for test in tests), file=process.stdin, flush=True)
+            said = []
+            while not said or said[-1] and not said[-1].startswith("status "):
+                said.append(process.stdout.readline())
+            assert said[-1] in ("status 0\n", "status 1\n"), "".join(said)  # 1: a test failed
+            return said[-1] == "status 1\n"
+        yield run
 
 
 @pytest.fixture
@@ -115,12 +137,12 @@ def source():
     return (ROOT / "gpt.py").read_text(encoding="utf-8")
 
 
-def test_without_a_fault_all_are_green(tmp_path, source):
-    assert not red(tmp_path, source, *sorted({test for _, _, test in FAULTS.values()}))
+def test_without_a_fault_all_are_green(red, source):
+    assert not red(source, *sorted({test for _, _, test in FAULTS.values()}))
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_fault_is_caught(tmp_path, source, fault):
+def test_fault_is_caught(red, source, fault):
     right, wrong, test = FAULTS[fault]
     assert source.count(right) == 1
-    assert red(tmp_path, source.replace(right, wrong), test)
+    assert red(source.replace(right, wrong), test)
