@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import distributed, nn
 # ---- configuration -------------------------------------------------------------------------------
-TORCHRUN = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {}  # else RANK is a left-over
+TORCHRUN = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {}  # else RANK is left over
 RANK, WORLD = int(TORCHRUN.get("RANK", 0)), int(TORCHRUN.get("WORLD_SIZE", 1))
 
 def log(message):
@@ -46,7 +46,7 @@ class Config:
     short_fraction: float = 0.0  # first part of the run, on more but shorter windows
     dropout: float = 0.1  # share of the channels dropped from each branch
     train_temperature: float = 0.88  # divides the logits in training only
-    eval_interval: int = 0  # steps between evaluations; 0: two readings of the text, at most 1000
+    eval_interval: int = 0  # steps between evaluations (or a minute); 0: two readings of the text
     seed: int = 1  # seed of weights, batches and dropout
     device: str = "auto"  # where to compute: auto, cpu, cuda or mps
     dtype: str = "auto"  # format of matrix products: auto, float32, bfloat16 or float16
@@ -74,7 +74,7 @@ def load_text(data=""):
         try:
             TEXT.parent.mkdir(exist_ok=True)
             socket.setdefaulttimeout(20)  # some networks never answer
-            torch.hub.download_url_to_file(URL, TEXT, SHA256, progress=False)
+            torch.hub.download_url_to_file(URL, TEXT, hash_prefix=SHA256, progress=False)
         except Exception as error:  # no network, or another kind of page: each has its own type
             path = TEXT.with_name("the_salt_tide.txt")
             log(f"taking {path}, since {TEXT} is missing and {URL} gives: {error}")
@@ -131,7 +131,7 @@ class KVCache:
     def __init__(self, config, batch_size, device="cpu"):
         size = batch_size, config.n_head, config.block_size, config.n_embd // config.n_head
         self.kv = torch.zeros(config.n_layer, 2, *size, device=device)
-        self.recent, self.length = torch.full((batch_size, 2), config.vocab_size).to(device), 0
+        self.length, self.recent = 0, torch.full((batch_size, 2), config.vocab_size).to(device)
 
     def update(self, layer, k, v):
         """Put k and v (B, H, T, D) in the place of the oldest; all keys and values there are."""
@@ -198,7 +198,7 @@ def make_optimizers(model, config):
 @torch.no_grad()
 def evaluate(model, data, block_size):
     """Mean loss in nats of a function from ids (B, T) to logits (B, T, V), over all of `data`."""
-    rest = -(len(data) - 1) % block_size  # to fill the last window; it doesn't count
+    rest = (1 - len(data)) % block_size  # to fill the last window; it doesn't count
     inputs = F.pad(data[:-1], (0, rest)).view(-1, block_size).split(16)
     targets = F.pad(data[1:], (0, rest), value=-100).view(-1, block_size).split(16)
     with torch.compiler.set_stance("force_eager"):
@@ -234,7 +234,7 @@ def save(out_dir, run, *parts):
     files = {"metrics.jsonl": "".join(json.dumps(row) + "\n" for row in rows),
              "run.json": json.dumps(run, indent=1), "last.pt": run | {"states": states}}
     if rows and rows[-1]["val_loss"] == min(row["val_loss"] for row in rows):
-        files = {"best.pt": run | {"states": states[:1]}} | files
+        files = {"best.pt": run | {"states": states[:1]}} | files  # first: last.pt ends a save
     for name, content in files.items():  # under another name first: a file is all old or all new
         with open(out_dir / "new.tmp", "wb") as file:
             torch.save(content, file) if name.endswith(".pt") else file.write(content.encode())
@@ -242,7 +242,7 @@ def save(out_dir, run, *parts):
 
 def train_step(model, optimizers, data, config, step, done):
     """One step, a function of nothing but seed, step, share of the run done, and states. Returns
-    the mean loss. The gradients are of the sum: large enough for float16 without scaling."""
+    this process's mean loss. Gradients are of the sum: large enough for float16 unscaled."""
     torch.manual_seed((config.seed * 2**20 + step) * WORLD + RANK)  # for dropout
     cut = 4 if done < config.short_fraction / 2 else 2 if done < config.short_fraction else 1
     x, y = get_batch(data, config.batch_size * cut, config.block_size // cut, step, config.seed)
@@ -252,8 +252,8 @@ def train_step(model, optimizers, data, config, step, done):
         loss = F.cross_entropy(logits, y.flatten(), reduction="sum")
         loss.backward()
         for p in model.parameters() if WORLD > 1 else ():
-            distributed.all_reduce(p.grad)
-        for optimizer in optimizers:
+            distributed.all_reduce(p.grad)  # their sum
+        for optimizer in optimizers:  # in autocast, too: Muon's products
             for group in optimizer.param_groups:
                 factor = min(1, (1 - done) / max(config.decay_fraction, 1e-9))
                 group.update(optimizer.defaults, lr=optimizer.defaults["lr"] * factor)
@@ -261,7 +261,7 @@ def train_step(model, optimizers, data, config, step, done):
     return loss.detach() / y.numel()
 
 def train(config, saved=None):
-    """Train a GPT, or go on with `saved`, the content of last.pt. Returns what run.json holds."""
+    """Train a GPT, or go on with `saved`, the content of last.pt. Process 0 returns run.json."""
     device, out_dir = pick_device(config.device), Path(config.out_dir).expanduser()
     dtype = pick_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype)
     path, chars, data, val_data, sha256 = load_text(config.data)
@@ -269,7 +269,7 @@ def train(config, saved=None):
     config = replace(config, vocab_size=len(chars), dtype=str(dtype).removeprefix("torch."))
     if WORLD > 1:
         check(not config.minutes, "several processes train for --max_iters, not for --minutes")
-        torch.accelerator.set_device_index(RANK if device.type == "cuda" else -1)
+        torch.accelerator.set_device_index(RANK if device.type == "cuda" else -1)  # -1: leave it
         distributed.init_process_group()
     torch.manual_seed(config.seed)
     model, data, val_data = GPT(config).to(device), data.to(device), val_data.to(device)
@@ -293,8 +293,8 @@ def train(config, saved=None):
         try:
             for block in model.blocks:
                 block.compile(dynamic=False)
-            for end in {0, config.short_fraction / 2, config.short_fraction}:  # each window size
-                train_step(model, (), data, config, 0, end)
+            for start in {0, config.short_fraction / 2, config.short_fraction}:  # of a window size
+                train_step(model, (), data, config, 0, start)  # no optimizer: changes nothing
         except Exception as error:  # no C++ compiler, no Triton, an old GPU: each has its own type
             torch.compiler.set_stance("force_eager")
             log(f"torch.compile fails here ({type(error).__name__}): going on without")
@@ -308,7 +308,7 @@ def train(config, saved=None):
             check(math.isfinite(train_loss + val_loss), "no number: --resume, less --learning_rate")
             seconds = time.perf_counter() - begin
             row = dict(step=step, seconds=seconds, train_loss=train_loss, val_loss=val_loss)
-            run |= row | {"metrics": [*run["metrics"], row]}
+            run.update(row, metrics=[*run["metrics"], row])
             save(out_dir, run, model, *optimizers)
             log(f"step {step}, {done:.0%}: train {train_loss:.4f}, val {val_loss:.4f} nats, "
                 f"{val_loss / math.log(2):.4f} bits, perplexity {math.exp(val_loss):.3f}")
@@ -350,7 +350,7 @@ def main(argv=None):
         if given.pop("command") == "train":
             base = CPU if pick_device(given.get("device", "auto")).type == "cpu" else {}
             if given.pop("resume", False):
-                saved = load(Path(given.get("out_dir", Config.out_dir), "last.pt"))[1]
+                _, saved = load(Path(given.get("out_dir", Config.out_dir), "last.pt"))
                 base = saved["config"] | ({"minutes": 0} if "max_iters" in given else {})
             run = train(Config(**base | given), saved)
             log(f"next: python gpt.py generate --checkpoint {run['config']['out_dir']}/best.pt")
@@ -360,7 +360,7 @@ def main(argv=None):
             idx = encode(given["prompt"], saved["chars"])[None]
             print(given.pop("prompt"), end="")
             for token in generate(model, idx, **given):
-                print(saved["chars"][token], end="", flush=True)
+                print(saved["chars"][token.item()], end="", flush=True)
             print()
     except (ValueError, OSError, KeyboardInterrupt, torch.OutOfMemoryError) as error:
         print(f"error: {str(error) or 'interrupted'}", file=sys.stderr)

@@ -26,11 +26,17 @@ STEP = "test_train.py::test_a_step_has_the_gradient_of_the_summed_loss"
 RATES = "test_train.py::test_rates_are_flat_then_fall_to_zero"
 DRAWS = "test_train.py::test_every_seed_and_step_draws_another_batch"
 GROWS = "test_train.py::test_windows_grow_and_the_batch_keeps_its_characters"
+TRIAL = ("test_train.py::"
+         "test_all_windows_are_tried_before_the_first_step_and_leave_no_trace")
+NUMBER = "test_train.py::test_a_loss_that_is_no_number_stops_the_run_and_the_files_stay"
 WHOLE = "test_train.py::test_evaluate_covers_every_character_once"
 MEAN = "test_train.py::test_evaluate_is_the_mean_over_any_length"
 TRACE = "test_train.py::test_evaluation_leaves_no_trace"
 BEST = "test_train.py::test_best_is_that_of_the_lowest_loss"
 RESUME = "test_checkpoint.py::test_resumed_is_uninterrupted"
+ALONE = "test_checkpoint.py::test_resume_alone_goes_on_as_the_run_was_started"
+LEFT = "test_checkpoint.py::test_a_resumed_run_trains_for_the_time_that_was_left"
+FULL = "test_checkpoint.py::test_a_full_disk_leaves_all_files_as_they_were"
 DECAY = "test_checkpoint.py::test_weight_decay_given_when_resuming_counts"
 SHAPE = "test_checkpoint.py::test_resume_refuses_another_shape"
 SECOND = ("test_checkpoint.py::"
@@ -88,6 +94,19 @@ FAULTS = {
     "optimizers not resumed": ("zip((model, *optimizers), run", "zip((model,), run", RESUME),
     "old weight decay kept": ("group.update(optimizer.defaults, lr=", "group.update(lr=", DECAY),
     "the worst evaluation kept": ("== min(row[\"val_loss\"]", "== max(row[\"val_loss\"]", BEST),
+    "only the first window compiled": ("{0, config.short_fraction / 2, config.short_fraction}",
+                                       "{0}", TRIAL),
+    "the trial moves the weights": ("train_step(model, (), data", "train_step(model, optimizers, "
+                                    "data", TRIAL),
+    "a loss that is no number saved": ("math.isfinite(train_loss + val_loss)", "True", NUMBER),
+    "flags forgotten when resuming": ("base = saved[\"config\"] |", "base = CPU |", ALONE),
+    "the time that was used forgotten": ("time.perf_counter() - run[\"seconds\"]",
+                                         "time.perf_counter()", LEFT),
+    "saving straight into the file":
+        ("\"new.tmp\", \"wb\") as file:\n            torch.save(content, file) if name.endswith("
+         "\".pt\") else file.write(content.encode())\n        os.replace(out_dir / \"new.tmp\",",
+         "name, \"wb\") as file:\n            torch.save(content, file) if name.endswith(\".pt\") "
+         "else file.write(content.encode())\n        os.replace(out_dir / name,", FULL),
     "another shape accepted": ("[config.n_layer, config.n_head, config.n_embd, config.block_size, "
                                "sha256]", "[sha256]", SHAPE),
     "a folder taken twice": ("not any(out_dir.glob(\"*.pt\"))", "True", SECOND),
