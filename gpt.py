@@ -311,7 +311,7 @@ def train(config, saved=None):
             run.update(row, metrics=[*run["metrics"], row])
             save(out_dir, run, model, *optimizers)
             log(f"step {step}, {done:.0%}: train {train_loss:.4f}, val {val_loss:.4f} nats, "
-                f"{val_loss / math.log(2):.4f} bits, perplexity {math.exp(val_loss):.3f}")
+                f"{val_loss / math.log(2):.4f} bits, perplexity {math.exp(min(val_loss, 700)):.3f}")
             loss = 0.0
     return run
 # ---- sampling ------------------------------------------------------------------------------------

@@ -5,10 +5,10 @@
 Each run trains the same tiny model on the bundled play; the runs take turns among the variants.
 A run is killed by SIGKILL at a moment drawn from the whole life of a process, start-up and saving
 included, goes on with --resume alone (or starts, if it had not come to its first file), and may be
-killed again. When it comes to its end before a moment that was drawn, its files are compared with
-those of a run of the same flags that was left alone: weights, states of the optimizers and all else
-but times and folders bit for bit, and generated text. Then the next run starts, until all kills are
-done. One line for each kill; exit status 1 if anything differs."""
+killed again, up to three times. When it has come to its end, its files are compared with those of a
+run of the same flags that was left alone: weights, states of the optimizers and all else but times
+and folders bit for bit, and generated text. Then the next run starts, until all kills are done.
+One line for each kill; exit status 1 if anything differs."""
 import argparse
 import json
 import random
@@ -102,9 +102,9 @@ def kill_runs(kills, steps, seed, folder, variants=tuple(VARIANTS)):
             print(f"{name}, left alone: {steps} steps, {life[name]:.1f} seconds", flush=True)
         runs += 1
         out_dir = folder / f"run-{runs}"
-        step = None
+        step, last = None, min(kills, done + 3)
         while step != steps:  # a finished run can't be resumed
-            moment = draw.uniform(0, life[name]) if done < kills else None
+            moment = draw.uniform(0, life[name]) if done < last else None
             if not killed(start(out_dir, flags), moment):
                 break
             done += 1
