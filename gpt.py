@@ -127,17 +127,18 @@ class Block(nn.Module):
         return x + keep[1] * self.down(F.relu(self.up(norm(x))).square())  # ReLU^2 (So et al.)
 
 class KVCache:
-    """Keys and values of the last block_size of `length` ids for each block; the last two ids."""
+    """Keys and values of each block for the last block_size of `length` ids, and the last two ids.
+    At first, up to block_size ids may come at once; then one by one, in the place of the oldest."""
     def __init__(self, config, batch_size, device="cpu"):
         size = batch_size, config.n_head, config.block_size, config.n_embd // config.n_head
         self.kv = torch.zeros(config.n_layer, 2, *size, device=device)
         self.length, self.recent = 0, torch.full((batch_size, 2), config.vocab_size).to(device)
 
     def update(self, layer, k, v):
-        """Put k and v (B, H, T, D) in the place of the oldest; all keys and values there are."""
-        slots = torch.arange(self.length, self.length + k.size(2), device=k.device)
-        self.kv[layer].index_copy_(3, slots % self.kv.size(4), torch.stack((k, v)))
-        return self.kv[layer, :, :, :, :self.length + len(slots)]  # (2, B, H, S, D)
+        """Keep a block's new k and v (B, H, T, D); return all that are kept, (2, B, H, S, D)."""
+        kv, slot = self.kv[layer], self.length % self.kv.size(-2)  # (2, B, H, block_size, D)
+        kv[0, :, :, slot:slot + k.size(2)], kv[1, :, :, slot:slot + k.size(2)] = k, v
+        return kv[:, :, :, :self.length + k.size(2)]
 
 class GPT(nn.Module):
     """Transformer from ids (B, T) to logits (B, T, V)."""
@@ -150,8 +151,7 @@ class GPT(nn.Module):
         nn.init.zeros_(self.head.weight)
 
     def forward(self, idx, cache=None):
-        """Logits for ids that go on from what `cache`, if there is one, has read: at first up to
-        block_size at once, then one by one, each in the place of the oldest."""
+        """Logits (B, T, V) for ids (B, T), which go on from what `cache` has read."""
         D, V, device = self.config.n_embd // self.config.n_head, self.config.vocab_size, idx.device
         place = torch.arange(idx.size(1), device=device) + (cache.length if cache else 0)
         angles = torch.outer(place, 10000.0 ** (-torch.arange(0, D, 2, device=device) / D))
@@ -168,7 +168,7 @@ def orthogonalize(x):
     """Nearly U V^T for each U S V^T in x (L, rows, columns), by Newton-Schulz (Jordan, 2024)."""
     if x.size(-2) > x.size(-1):
         return orthogonalize(x.mT).mT
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # no singular value above 1
     for _ in range(5):
         gram = x @ x.mT
         x = 3.4445 * x + (2.0315 * gram @ gram - 4.7750 * gram) @ x
@@ -318,8 +318,8 @@ def train(config, saved=None):
 def sample_next(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     """One id (B, 1) for each row of logits (B, V). Temperature 0 is greedy, top_k 0 keeps all."""
     logits, ids = logits.float().cpu().topk(min(top_k or logits.size(1), logits.size(1)))
-    probs = ((logits - logits[:, :1]) / max(temperature, 1e-9)).softmax(-1)
-    probs[probs.cumsum(-1) - probs >= max(top_p, 1e-9)] = 0  # top-p (Holtzman et al., 2020)
+    probs = ((logits - logits[:, :1]) / max(temperature, 1e-9)).softmax(-1)  # the first is largest
+    probs[probs.cumsum(-1) - probs >= max(top_p, 1e-9)] = 0  # p is before it (Holtzman et al.)
     return ids.gather(-1, torch.multinomial(probs, 1, generator=generator))
 
 @torch.inference_mode()

@@ -62,7 +62,7 @@ FAULTS = {
                                   CACHE),
     "positions begin anew with every character": ("(cache.length if cache else 0)", "0", CACHE),
     "past the window, the newest key takes the place of the last, not of the oldest":
-        ("slots % self.kv.size(4)", "slots.clamp(max=self.kv.size(4) - 1)", WINDOW),
+        ("self.length % self.kv.size(-2)", "min(self.length, self.kv.size(-2) - 1)", WINDOW),
     "targets not shifted": ("data[places[:, 1:]]", "data[places[:, :-1]]", BATCH),
     "batches read unevenly": ("(5**0.5 - 1) / 2", "0.5", EVEN),
     "every process reads the whole batch": ("start[RANK::WORLD, None]", "start[:, None]", SHARES),
