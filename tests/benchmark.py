@@ -244,7 +244,8 @@ def start(config, device, dtype):
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "best.pt")
-        torch.save({"config": asdict(config), "states": [gpt.GPT(config).state_dict()]}, path)
+        torch.save({"config": asdict(config), "chars": "".join(map(chr, range(65))),
+                    "states": [gpt.GPT(config).state_dict()]}, path)
         load = f"import gpt; gpt.load({str(path)!r}, '{device}')"
         return {"s import torch": seconds_of(run, ["import torch"], device),
                 "s import gpt and load": seconds_of(run, [load], device)}, {}

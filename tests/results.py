@@ -1,12 +1,20 @@
-"""The tables of README.md and outputs/BENCHMARKS.md, from the result files in outputs/.
+"""The tables of README.md and outputs/BENCHMARKS.md, and the notebook's opening, from the result
+files in outputs/.
 
-    python tests/results.py            # print them
-    python tests/results.py --write    # and put them into README.md and BENCHMARKS.md"""
+    python tests/results.py            # print the tables
+    python tests/results.py --write    # write them, and pack the files into the notebook"""
 import argparse
+import base64
+import html
 import json
 import math
+import re
 import statistics
 import textwrap
+import zlib
+
+import nbformat
+from nbclient import NotebookClient
 
 import benchmark
 
@@ -14,17 +22,40 @@ ROOT = benchmark.ROOT
 
 
 def models():
-    """Every model of results.json, worst first. Chapter 12 of the notebook shows the same lines."""
+    """The notebook's models, the worst first. Chapter 12 of the notebook shows the same lines."""
     head = ["model", "chapter", "parameters", "steps", "characters read", "seconds",
-            "training loss", "validation loss", "perplexity", "reported"]
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+            "windows of 32", "own windows"]
     rows = json.loads((ROOT / "outputs/results.json").read_text(encoding="utf-8"))["models"]
-    for row in sorted(rows, key=lambda row: -row["val_loss"]):
-        training = f"{row['train_loss']:.4f}" if "train_loss" in row else ""
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for row in sorted((row for row in rows if row["chapter"] < 12),
+                      key=lambda row: -row["val_loss_at_32"]):
+        own = f"{row['val_loss']:.4f}" + (f" in {row['window']}" if row["window"] else "")
         cells = [row["name"], row["chapter"], f"{row['parameters']:,}", f"{row['steps']:,}",
-                 f"{row['tokens']:,}", f"{row['seconds']:.0f}", training, f"{row['val_loss']:.4f}",
-                 f"{math.exp(row['val_loss']):.3f}", row.get("reported", "")]
+                 f"{row['tokens']:,}", f"{row['seconds']:.0f}", f"**{row['val_loss_at_32']:.4f}**",
+                 own]
         lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def others():
+    """The forerunners, and published losses, each in its own windows. Chapter 12 shows the same."""
+    head = ["model", "parameters", "characters read", "windows", "training loss",
+            "validation loss, own windows", "published"]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    five = json.loads((ROOT / "outputs/forerunners.json").read_text(encoding="utf-8"))
+    short = {entry["name"]: entry["steps_run"] < entry["steps"] for entry in five}
+    for entry in sorted(five, key=lambda entry: (short[entry["name"]], -entry["curve"][-1][2])):
+        _, train_loss, val_loss = entry["curve"][-1]
+        note = entry["reported"]
+        if short[entry["name"]]:
+            note = f"stopped after {entry['steps_run']} of {entry['steps']:,} steps: no result"
+        cells = [entry["name"], f"{entry['parameters']:,}", f"{entry['tokens']:,}",
+                 entry["block_size"], f"{train_loss:.4f}", f"{val_loss:.4f}", note]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    results = json.loads((ROOT / "outputs/results.json").read_text(encoding="utf-8"))
+    for row in results["published"]:
+        losses = " and ".join(f"{loss:.4f}" for loss in row["losses"])
+        lines.append(f"| {row['name']} | | | | | | {losses} |")
     return "\n".join(lines)
 
 
@@ -40,6 +71,17 @@ def headline():
         f"{math.log(65):.2f}, a table of letter pairs {pairs['val_loss']:.2f}, and nanoGPT's "
         "README reports 1.4697 as its best.",
         120, break_on_hyphens=False)
+
+
+def expect():
+    """What a first run reaches, from expect.json: a row for each number of minutes."""
+    found = json.loads((ROOT / "outputs/expect.json").read_text(encoding="utf-8"))
+    lines = [f"On {found['device']}, {found['rows'][0]['dtype']}, torch {found['torch']}:", "",
+             "| minutes | steps | validation loss | the text begins |", "|---|---|---|---|"]
+    for row in found["rows"]:
+        text = "<br>".join(html.escape(line) for line in row["text"])
+        lines.append(f"| {row['minutes']:g} | {row['steps']:,} | {row['val_loss']:.2f} | {text} |")
+    return "\n".join(lines)
 
 
 def earlier():
@@ -149,12 +191,23 @@ def benchmarks():
     return benchmark.tables(json.loads(file)).strip()
 
 
-TABLES = {"headline": headline, "results": models}
+TABLES = {"headline": headline, "expect": expect, "results": models}
 
 
 def report():
     """The text of outputs/BENCHMARKS.md."""
     return f"""# Benchmarks
+
+## The forerunners, and published losses
+
+Chapter 12 of the notebook shows this table. The forerunners are five small projects that this one
+grew out of, trained with the notebook's own classic code (`outputs/forerunners.json`; papermill
+with `-p rerun_forerunners True` makes it). Their seconds are not told, since they ran beside each
+other.
+
+{others()}
+
+## Speed and memory
 
 Made by `python tests/results.py --write` from `outputs/benchmarks.json` (`python tests/benchmark.py
 --peer DIR`, DIR being a checkout of nanoGPT) and `outputs/best.json` (`python tests/best.py`).
@@ -175,7 +228,7 @@ the best of many looks; minutes are of one core each.
 
 {best()}
 
-## Speed and memory
+## Measured
 
 Medians of the repetitions, with their range. nanoGPT runs its own model and training step at the
 same shape in the same run. *s to target* asks how long `gpt.py train --minutes M` takes, from the
@@ -198,6 +251,41 @@ def filled(readme):
     return readme
 
 
+def packed_files():
+    """{name: text} of what the notebook carries along, so that it needs no other file: its result
+    files; of benchmarks.json, what appendices B and C read."""
+    names = ("moments.json", "results.json", "ladder.csv", "tried.csv", "forerunners.json",
+             "sweep.csv", "best.json")
+    files = {name: (ROOT / "outputs" / name).read_text(encoding="utf-8") for name in names}
+    document = json.loads((ROOT / "outputs/benchmarks.json").read_text(encoding="utf-8"))
+
+    def needed(name, figure):
+        return (name.startswith("machine") and figure.endswith(", of the model") or
+                name.startswith("target") and figure == "last val loss")
+
+    small = {}
+    for machine, entries in document.items():
+        for name, entry in entries.items():
+            if figures := {k: v for k, v in entry["figures"].items() if needed(name, k)}:
+                small.setdefault(machine, {})[name] = {"figures": figures}
+    return files | {"benchmarks.json": json.dumps(small)}
+
+
+def write_opening(path):
+    """Pack the result files into the notebook's first cell, and run that cell and the next."""
+    book = nbformat.read(path, as_version=4)
+    content = zlib.compress(json.dumps(packed_files(), sort_keys=True).encode(), 9)
+    line = f'PACKED = "{base64.b64encode(content).decode()}"'
+    opening = [cell for cell in book.cells if cell.cell_type == "code"][:2]
+    opening[0].source = re.sub('(?m)^PACKED = ".*"$', line, opening[0].source)
+    short = nbformat.v4.new_notebook(cells=opening)
+    NotebookClient(short, resources={"metadata": {"path": str(ROOT)}}).execute()
+    for cell, fresh in zip(opening, short.cells):
+        cell.outputs = fresh.outputs
+        cell.metadata.pop("execution", None)
+    nbformat.write(book, path)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--write", action="store_true", help="put them into the files")
@@ -206,6 +294,7 @@ def main():
         path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8", newline="\n")
         path = ROOT / "outputs/BENCHMARKS.md"
         path.write_text(report(), encoding="utf-8", newline="\n")
+        write_opening(ROOT / "gpt_from_scratch.ipynb")
     print(*(table() for table in TABLES.values()), report(), sep="\n\n")
 
 

@@ -1,5 +1,6 @@
 """The notebook: gpt.py comes out of it byte for byte, it runs, and its parameters are checked."""
 import ast
+import builtins
 import json
 import os
 import re
@@ -57,6 +58,58 @@ def test_gpt_py_stays_small():
         assert not line.split("#")[0].rstrip().endswith(";"), line
 
 
+def names_used(source):
+    """What a cell uses beyond its own names: attributes, keyword arguments, functions, modules."""
+    nodes = list(ast.walk(ast.parse(source)))
+    own = {n.arg for n in nodes if isinstance(n, ast.arg)}
+    own |= {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    named = ast.FunctionDef | ast.ClassDef | ast.ExceptHandler
+    own |= {n.name for n in nodes if isinstance(n, named)}
+    used = {n.id for n in nodes if isinstance(n, ast.Name)} - own - set(dir(builtins))
+    used |= {n.attr for n in nodes if isinstance(n, ast.Attribute)}
+    used |= {n.arg for n in nodes if isinstance(n, ast.keyword) and n.arg}
+    return {name for name in used if not name.startswith("__")}
+
+
+def never_met(cells):
+    """Names that an exported cell uses and that stand neither in a cell before it nor in the text
+    right after it, as (cell, name). The imports explain nothing, so they don't count."""
+    told, missing = "", []
+    for cell, after in zip(cells, cells[1:] + [None]):
+        source = "".join(cell["source"])
+        if source.startswith("#| export imports"):
+            continue
+        if source.startswith("#| export"):
+            text = "".join(after["source"]) if after and after["cell_type"] == "markdown" else ""
+            missing += [(source.split()[2], name) for name in sorted(names_used(source))
+                        if not re.search(rf"\b{re.escape(name)}\b", told + text)]
+        told += source + "\n"
+    return missing
+
+
+def test_every_name_in_gpt_py_is_met_before_it_is_used():
+    assert not never_met(CELLS)
+    exported = {"cell_type": "code", "source": ["#| export x\n", "torch.lerp(a, weight=b)\n"]}
+    assert {name for _, name in never_met([exported])} == {"torch", "lerp", "a", "weight", "b"}
+
+
+def test_the_telling_keeps_its_measure():
+    """Words and habits of the main text, and cells that show something."""
+    prose = ["".join(cell["source"]) for cell in CELLS if cell["cell_type"] == "markdown"]
+    first = next(i for i, text in enumerate(prose) if text.startswith("# Appendix"))
+    main = [re.sub(r"<details.*?</details>", "", text, flags=re.DOTALL) for text in prose[:first]]
+    assert sum(len(text.split()) for text in main) <= 11_500
+    assert len(re.findall(r"[(][^()]{60,}[)]", " ".join(main))) <= 10
+    assert len(re.findall(r"(?:^|[.!?:] )So ", " ".join(main))) <= 12
+    told = [cell for cell in CELLS if cell["cell_type"] == "code"
+            and not "".join(cell["source"]).startswith("#| export")]
+    assert sum(not cell["outputs"] for cell in told) <= 0.4 * len(told)
+    lengths = sorted(len("".join(cell["source"]).splitlines()) for cell in told)
+    assert lengths[len(lengths) // 2] <= 6 and lengths[int(0.9 * len(lengths))] <= 20
+    for text in prose:  # exercises have solutions, folded or as a cell that runs
+        assert "**Exercises.**" not in text or "<details>" in text or "Solution" in "".join(CODE)
+
+
 def test_committed_copy_was_run_from_top_to_bottom():
     counts = [cell["execution_count"] for cell in CELLS if cell["cell_type"] == "code"]
     assert counts == list(range(1, len(counts) + 1))
@@ -107,9 +160,30 @@ def test_papermill_stops_at_a_wrong_parameter(folder, flags, named):
     assert not (folder / "gpt.py").exists()  # it stopped before anything was done
 
 
-def test_papermill_runs_with_parameters(folder):
-    done = run("papermill", NAME, "out.ipynb", "-p", "max_iters", "7", "-p", "out_dir",
-               "outputs/runs/seven", folder=folder)
+def test_papermill_runs_with_parameters_and_a_short_text_from_windows(folder):
+    """3,000 characters with a byte order mark and CRLF; out_dir keeps every file of the run."""
+    play = (folder / "data/the_salt_tide.txt").read_text(encoding="utf-8")[:3000]
+    (folder / "my.txt").write_bytes(play.replace("\n", "\r\n").encode("utf-8-sig"))
+    done = run("papermill", NAME, "out.ipynb", "-p", "max_iters", "7", "-p", "data", "my.txt",
+               "-p", "out_dir", "outputs/runs/seven", folder=folder)
     assert done.returncode == 0, done.stderr[-3000:]
     about = json.loads((folder / "outputs/runs/seven/final/run.json").read_text())
     assert about["step"] == about["config"]["max_iters"] == 7
+    assert "\r" not in about["chars"] and "\ufeff" not in about["chars"]
+    assert os.listdir(folder / "outputs") == ["runs"]
+
+
+def test_notebook_runs_on_one_line_of_many_symbols_in_two_alphabets(folder):
+    """No line break, 3,500 symbols, and a last tenth of symbols that the rest doesn't have."""
+    signs = [chr(0x4E00 + i) for i in range(3500)]
+    text = "".join(signs[i * i % 3499] for i in range(30_000)) + "".join(signs[:3400])
+    (folder / "my.txt").write_text(text + "αβγδε " * 600, encoding="utf-8")
+    done = run("papermill", NAME, "out.ipynb", "-p", "data", "my.txt", folder=folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Glyph" not in (folder / "out.ipynb").read_text(encoding="utf-8") + done.stderr
+
+
+def test_a_text_of_one_symbol_is_refused(folder):
+    (folder / "my.txt").write_text("a" * 5000)
+    done = run("papermill", NAME, "out.ipynb", "-p", "data", "my.txt", folder=folder)
+    assert done.returncode != 0 and "of one character" in done.stderr

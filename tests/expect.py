@@ -1,0 +1,45 @@
+"""What a first run looks like on this machine, for README: outputs/expect.json.
+
+    python tests/expect.py                    # 1, 2, 5 and 10 minutes, one after the other
+    python tests/expect.py --minutes 1 2      # only these"""
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def first_run(minutes):
+    """Train for so many minutes with no other flag, and let the best checkpoint write."""
+    with tempfile.TemporaryDirectory() as folder:
+        gpt = [sys.executable, str(ROOT / "gpt.py")]
+        subprocess.run([*gpt, "train", "--minutes", str(minutes), "--out_dir", folder], check=True)
+        text = subprocess.run([*gpt, "generate", "--checkpoint", f"{folder}/best.pt"], check=True,
+                              capture_output=True, encoding="utf-8").stdout
+        run = json.loads(Path(folder, "run.json").read_text(encoding="utf-8"))
+    lines = [line for line in text.splitlines() if line]
+    return {"minutes": minutes, "steps": run["step"], "val_loss": run["val_loss"],
+            "train_loss": run["train_loss"], "dtype": run["config"]["dtype"], "text": lines[:3]}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--minutes", type=float, nargs="+", default=[1, 2, 5, 10])
+    parser.add_argument("--out", type=Path, default=ROOT / "outputs/expect.json")
+    args, rows = parser.parse_args(), []
+    for minutes in args.minutes:
+        rows.append(first_run(minutes))
+        found = {"device": f"{os.cpu_count()} CPU cores", "torch": str(torch.__version__),
+                 "rows": rows}
+        args.out.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", "utf-8")
+        print(rows[-1])
+
+
+if __name__ == "__main__":
+    main()
