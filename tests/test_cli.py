@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import gpt
 from conftest import PLAY, ROOT
@@ -242,3 +243,14 @@ def test_import_runs_and_prints_nothing():
     done = subprocess.run([sys.executable, "-c", "import gpt"], cwd=ROOT, capture_output=True,
                           text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_a_checkpoint_from_another_machine_writes_here(trained, run):
+    """Trained on a GPU in float16, from a text that isn't here: writing asks for none of them."""
+    words = "generate", "--checkpoint", trained / "best.pt", "--max_new_tokens", 40
+    status, here, _ = run(*words)
+    saved = torch.load(trained / "best.pt", weights_only=True)
+    saved["config"] |= {"device": "cuda", "dtype": "float16", "compile": "on",
+                        "data": "/gone/text.txt", "out_dir": "/gone"}
+    torch.save(saved, trained / "best.pt")
+    assert len(here) > 40 and run(*words) == (None, here, "")

@@ -160,6 +160,15 @@ def test_papermill_stops_at_a_wrong_parameter(folder, flags, named):
     assert not (folder / "gpt.py").exists()  # it stopped before anything was done
 
 
+@pytest.mark.parametrize("flags, advice", [
+    (("-p", "n_head", "3"), "n_embd must be a multiple of 2 * n_head"),
+    (("-p", "data", "nowhere.txt"), "there is no file nowhere.txt")])
+def test_papermill_stops_at_what_can_not_work(folder, flags, advice):
+    done = run("papermill", NAME, "out.ipynb", *flags, folder=folder)
+    assert done.returncode != 0 and advice in done.stderr
+    assert not (folder / "outputs").exists()
+
+
 def test_papermill_runs_with_parameters_and_a_short_text_from_windows(folder):
     """3,000 characters with a byte order mark and CRLF; out_dir keeps every file of the run."""
     play = (folder / "data/the_salt_tide.txt").read_text(encoding="utf-8")[:3000]
