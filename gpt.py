@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import distributed, nn
 # ---- configuration -------------------------------------------------------------------------------
-TORCHRUN = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {}  # else RANK is left over
+TORCHRUN = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {}  # no torchrun: ignore RANK
 RANK, WORLD = int(TORCHRUN.get("RANK", 0)), int(TORCHRUN.get("WORLD_SIZE", 1))
 
 def log(message):
@@ -95,7 +95,7 @@ def get_batch(data, batch_size, block_size, step, seed=0):
     in each of B equal parts, where golden-ratio steps spread them evenly (Kronecker sequence)."""
     place = (step * (5**0.5 - 1) / 2 + seed * 2**0.5) % 1  # in each part, 0 to 1
     span, part = len(data) - block_size, torch.arange(batch_size, device=data.device)
-    start = part * span // batch_size + int(place * span / batch_size)  # (B,)
+    start = part * span // batch_size + int(place * span / batch_size)  # (B,), exact on any device
     places = start[RANK::WORLD, None] + torch.arange(block_size + 1, device=data.device)
     return data[places[:, :-1]], data[places[:, 1:]]
 # ---- model ---------------------------------------------------------------------------------------
@@ -132,13 +132,13 @@ class KVCache:
     def __init__(self, config, batch_size, device="cpu"):
         size = batch_size, config.n_head, config.block_size, config.n_embd // config.n_head
         self.kv = torch.zeros(config.n_layer, 2, *size, device=device)
-        self.length, self.recent = 0, torch.full((batch_size, 2), config.vocab_size).to(device)
+        self.length, self.recent = 0, torch.full((batch_size, 2), config.vocab_size, device=device)
 
     def update(self, layer, k, v):
         """Keep a block's new k and v (B, H, T, D); return all that are kept, (2, B, H, S, D)."""
         kv, slot = self.kv[layer], self.length % self.kv.size(-2)  # (2, B, H, block_size, D)
         kv[0, :, :, slot:slot + k.size(2)], kv[1, :, :, slot:slot + k.size(2)] = k, v
-        return kv[:, :, :, :self.length + k.size(2)]
+        return kv[:, :, :, :self.length + k.size(2)]  # all of it, once it is full
 
 class GPT(nn.Module):
     """Transformer from ids (B, T) to logits (B, T, V)."""
@@ -212,17 +212,17 @@ def pick_device(name="auto"):
     return there if name == "auto" else torch.device(name)
 
 def pick_dtype(device):
-    """The number format in which a device multiplies fastest."""
+    """The number format in which a device multiplies fastest; Apple's GPUs take the CPU's."""
     if device.type == "cuda":  # torch.cuda.is_bf16_supported() says yes on a T4, which emulates it
         return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
-    squares = torch.ones(256, 256), torch.ones(256, 256, dtype=torch.bfloat16)
-    return min(squares, key=lambda x: min(timeit.repeat(lambda: x @ x, number=1))).dtype
+    samples = torch.ones(256, 256), torch.ones(256, 256, dtype=torch.bfloat16)
+    return min(samples, key=lambda x: min(timeit.repeat(lambda: x @ x, number=1))).dtype
 
 def load(path, device="cpu"):
     """Model and content of a checkpoint. Reads tensors and plain values, and runs no code."""
     try:
         saved = torch.load(Path(path).expanduser(), map_location=device, weights_only=True)
-        model = GPT(Config(**saved["config"] | {"vocab_size": len(saved["chars"])})).to(device)
+        model = GPT(Config(**(saved["config"] | {"vocab_size": len(saved["chars"])}))).to(device)
         model.load_state_dict(saved["states"][0])
         return model.eval(), saved
     except Exception as error:
@@ -251,11 +251,11 @@ def train_step(model, optimizers, data, config, step, done):
         logits = model(x).flatten(0, 1).float() / config.train_temperature  # (B T, V)
         loss = F.cross_entropy(logits, y.flatten(), reduction="sum")
         loss.backward()
-        for p in model.parameters() if WORLD > 1 else ():
+        for p in model.parameters() if WORLD > 1 else ():  # one process has nothing to add
             distributed.all_reduce(p.grad)  # their sum
+        factor = min(1, (1 - done) / max(config.decay_fraction, 1e-9))  # decay_fraction may be 0
         for optimizer in optimizers:  # in autocast, too: Muon's products
             for group in optimizer.param_groups:
-                factor = min(1, (1 - done) / max(config.decay_fraction, 1e-9))
                 group.update(optimizer.defaults, lr=optimizer.defaults["lr"] * factor)
             optimizer.step()
     return loss.detach() / y.numel()
@@ -293,7 +293,7 @@ def train(config, saved=None):
         try:
             for block in model.blocks:
                 block.compile(dynamic=False)
-            for start in {0, config.short_fraction / 2, config.short_fraction}:  # of a window size
+            for start in {0, config.short_fraction / 2, config.short_fraction}:  # every window size
                 train_step(model, (), data, config, 0, start)  # no optimizer: changes nothing
         except Exception as error:  # no C++ compiler, no Triton, an old GPU: each has its own type
             torch.compiler.set_stance("force_eager")
@@ -306,7 +306,7 @@ def train(config, saved=None):
             train_loss = float(loss) / (step - run["step"])
             val_loss = evaluate(model.eval(), val_data, config.block_size)
             check(math.isfinite(train_loss + val_loss), "no number: --resume, less --learning_rate")
-            seconds = time.perf_counter() - begin
+            seconds = time.perf_counter() - begin  # evaluating counts, too
             row = dict(step=step, seconds=seconds, train_loss=train_loss, val_loss=val_loss)
             run.update(row, metrics=[*run["metrics"], row])
             save(out_dir, run, model, *optimizers)
@@ -325,7 +325,7 @@ def sample_next(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
 @torch.inference_mode()
 def generate(model, idx, max_new_tokens=500, temperature=0.8, top_k=0, top_p=1.0, seed=1):
     """Go on from the last block_size of idx (B, T): yields max_new_tokens times one id (B, 1)."""
-    check(min(max_new_tokens, top_k) >= 0 <= temperature < 1e9 and 0 < top_p <= 1, "out of range")
+    check(min(max_new_tokens, top_k) >= 0 and temperature >= 0 and 0 < top_p <= 1, "out of range")
     idx, device = idx[:, -model.config.block_size:], model.head.weight.device
     cache, generator = KVCache(model.config, len(idx), device), torch.Generator().manual_seed(seed)
     for _ in range(max_new_tokens):
@@ -363,7 +363,7 @@ def main(argv=None):
                 print(saved["chars"][token.item()], end="", flush=True)
             print()
     except (ValueError, OSError, KeyboardInterrupt, torch.OutOfMemoryError) as error:
-        print(f"error: {str(error) or 'interrupted'}", file=sys.stderr)
+        print(f"error: {str(error) or 'interrupted'}", file=sys.stderr)  # Ctrl-C has no text
         return 2
 
 if __name__ == "__main__":
