@@ -318,7 +318,7 @@ def train(config, saved=None):
 def sample_next(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     """One id (B, 1) for each row of logits (B, V). Temperature 0 is greedy, top_k 0 keeps all."""
     logits, ids = logits.float().cpu().topk(min(top_k or logits.size(1), logits.size(1)))
-    probs = (logits / max(temperature, 1e-9)).softmax(-1)  # the likeliest first, by topk
+    probs = ((logits - logits[:, :1]) / max(temperature, 1e-9)).softmax(-1)  # the first is largest
     probs[probs.cumsum(-1) - probs >= max(top_p, 1e-9)] = 0  # enough came before (Holtzman, 2020)
     return ids.gather(-1, torch.multinomial(probs, 1, generator=generator))
 
