@@ -79,7 +79,7 @@ def expect():
     lines = [f"On {found['device']}, {found['rows'][0]['dtype']}, torch {found['torch']}:", "",
              "| minutes | steps | validation loss | the text begins |", "|---|---|---|---|"]
     for row in found["rows"]:
-        text = "<br>".join(html.escape(line) for line in row["text"])
+        text = "<br>".join(html.escape(line, quote=False) for line in row["text"])
         lines.append(f"| {row['minutes']:g} | {row['steps']:,} | {row['val_loss']:.2f} | {text} |")
     return "\n".join(lines)
 
