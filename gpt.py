@@ -118,8 +118,8 @@ class Block(nn.Module):
         self.out.weight.data, self.down.weight.data = torch.zeros(C, C), torch.zeros(C, 4 * C)
 
     def forward(self, x, cos, sin, cache=None, layer=0):
-        q, k, v = self.qkv(norm(x)).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)
-        q, k = rotary(norm(q), cos, sin), rotary(norm(k), cos, sin)  # (B, H, T, D), with QK norm
+        qkv = self.qkv(norm(x)).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)
+        (q, k), v = rotary(norm(qkv[:2]), cos, sin), qkv[2]  # (B, H, T, D), with QK norm
         k, v = cache.update(layer, k, v) if cache else (k, v)  # (B, H, S, D)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=q.size(2) > 1)  # (B, H, T, D)
         keep = F.dropout(x.new_ones(2, len(x), 1, x.size(2)), self.dropout, self.training)

@@ -46,10 +46,12 @@ ORDER = "test_kills.py::test_a_death_before_any_write_loses_nothing"
 FAULTS = {
     "no mask for a prompt": ("is_causal=q.size(2) > 1", "is_causal=False", CAUSAL),
     "only the first key for a single query": ("is_causal=q.size(2) > 1", "is_causal=True", CACHE),
-    "keys not turned": ("rotary(norm(k), cos, sin)", "norm(k)", FORMULA),
-    "no QK norm for the queries": ("rotary(norm(q), cos", "rotary(q, cos", FORMULA),
-    "queries turned the other way": ("rotary(norm(q), cos, sin)", "rotary(norm(q), cos, -sin)",
-                                     FORMULA),
+    "keys not turned": ("rotary(norm(qkv[:2]), cos, sin)",
+                        "(rotary(norm(qkv[0]), cos, sin), norm(qkv[1]))", FORMULA),
+    "no QK norm for the queries": ("norm(qkv[:2])", "torch.stack((qkv[0], norm(qkv[1])))", FORMULA),
+    "queries turned the other way": (
+        "rotary(norm(qkv[:2]), cos, sin)",
+        "(rotary(norm(qkv[0]), cos, -sin), rotary(norm(qkv[1]), cos, sin))", FORMULA),
     "no norm before the MLP": ("self.up(norm(x))", "self.up(x)", FORMULA),
     "ReLU without its square": ("self.up(norm(x))).square()", "self.up(norm(x)))", FORMULA),
     "heads mixed up": ("y.transpose(1, 2).flatten(2)", "y.reshape(x.shape)", FORMULA),
