@@ -385,7 +385,7 @@ SHOWN = {"machine": [], "start": [],  # all their figures
          "generate": ["engine", "batch", "tokens/s within", "tokens/s past",
                       "ms to first, prompt of 1", "s to compile"],
          "target": ["minutes", "loss", "seeds", "s to target", "s of steps to target", "steps",
-                    "last val loss"],
+                    "last val loss", "commit"],
          "texts": ["text", "engine", "minutes", "threads", "seeds", "steps", "last val loss"]}
 
 

@@ -9,7 +9,6 @@ import html
 import json
 import math
 import re
-import statistics
 import textwrap
 import zlib
 
@@ -84,111 +83,59 @@ def expect():
     return "\n".join(lines)
 
 
-def earlier():
-    """What was measured with the earlier gpt.py: the shortest time to nanoGPT's loss
-    and the lowest loss that were measured with an empty cache of compiled code, as a first run has
-    it, on a CPU and on a GPU, the models of best.json, and the speeds of training and of writing.
-    Losses are those of last weights."""
-    file = (ROOT / "outputs/benchmarks.json").read_text(encoding="utf-8")
-    document = json.loads(file)
-    gpus = [machine for machine in document if not machine.endswith("cores")]
-    cpus = [machine for machine in document if machine.endswith("cores")]
+def measured(earlier=False):
+    """Of benchmarks.json, the rows of the present gpt.py, or those of earlier ones, which name the
+    commit they were measured at."""
+    document = json.loads((ROOT / "outputs/benchmarks.json").read_text(encoding="utf-8"))
+    chosen = {machine: {name: entry for name, entry in entries.items()
+                        if ("commit" in entry["conditions"]) == earlier}
+              for machine, entries in document.items()}
+    return {machine: entries for machine, entries in chosen.items() if entries}
 
-    def targets(machines):
-        return [(machine, e["conditions"], e["figures"]) for machine in machines
-                for name, e in document[machine].items() if name.startswith("target")
-                and e["conditions"].get("compiler cache") == "empty"]
 
-    found = targets(cpus)
-    reached = [row for row in found if row[2]["s to target"]["median"]]
-    where, how, fast = min(reached, key=lambda row: row[2]["s to target"]["median"])
-    there, longest, low = min(found, key=lambda row: statistics.mean(
-        row[2]["last val loss"]["values"]))
-    many = len(longest["seeds"])
-    many = f"mean of {many} seeds" if many > 1 else "one seed"
-    gpu, plan, seen = min((row for row in targets(gpus) if not row[1]["minutes"]),
-                          key=lambda row: row[2]["s in all"]["median"])
+def in_short():
+    """gpt.py beside nanoGPT, on the machines where both were measured."""
+    lines = []
+    for machine, entries in measured().items():
+        found = {name: {figure: value["median"] for figure, value in entry["figures"].items()}
+                 for name, entry in entries.items()}
+        if "generate nanogpt: nanoGPT, batch 16, dropout 0.0" not in found:
+            continue
+        training, memory, writing = {}, {}, {}
+        for dropout in (0.2, 0.0):
+            shape = f"batch 16, dropout {dropout}"
+            ours = found[f"train nanogpt: gpt.py, {shape}"]
+            theirs = [found[f"train nanogpt: nanoGPT, {shape}{way}"] for way in ("", ", compiled")]
+            training[dropout] = ours["tokens/s"] / max(way["tokens/s"] for way in theirs)
+            memory[dropout] = ours["peak MiB"], min(way["peak MiB"] for way in theirs)
+        for size in (1, 16):
+            ours, theirs = (found[f"generate nanogpt: {engine}, batch {size}, dropout 0.0"]
+                            for engine in ("gpt.py, cached", "nanoGPT"))
+            writing[size] = ours["tokens/s past"] / theirs["tokens/s past"]
+        lines.append(
+            f"On {machine}, `gpt.py` trains {training[0.2]:.1f} times as fast as nanoGPT with "
+            f"dropout 0.2 in both, and {training[0.0]:.1f} times without dropout, compiled or not, "
+            f"whichever is faster for nanoGPT. It takes {memory[0.2][0]:,.0f} MiB where nanoGPT "
+            f"takes {memory[0.2][1]:,.0f}. Past the window it writes one text {writing[1]:.1f} "
+            f"times as fast, and sixteen at once {writing[16]:.1f} times.")
+    return "\n\n".join(textwrap.fill(line, 100, break_on_hyphens=False) for line in lines)
 
-    way = "compiled" if "gpt.py, compiled" in file else "cached"  # the faster way of its time
-    writing = f"generate nanogpt: gpt.py, {way}, batch 1, dropout 0.0"
-    writer = max((machine for machine in cpus if writing in document[machine]),
-                 key=lambda machine: document[machine][writing]["conditions"]["date"])
 
-    def median(name, figure, machine):
-        return document[machine][name]["figures"][figure]["median"]
-
-    def peer(machine, batch=16, dropout=0.2):
-        name = f"train nanogpt: nanoGPT, batch {batch}, dropout {dropout}"
-        return max(median(name + also, "tokens/s", machine) for also in ("", ", compiled"))
-
-    def times(figure, machine):
-        return (median(writing, figure, machine) /
-                median("generate nanogpt: nanoGPT, batch 1, dropout 0.0", figure, machine))
-
-    stepping = seen.get("s of steps to target")  # as long as rows told the speed of steps alone
-    stepping = f", of which {stepping['median']:.1f} are steps of training" if stepping else ""
-    ours = "train nanogpt: gpt.py, batch 16, dropout 0.0"
-
-    def ahead_in(precision):
-        """How many times as fast in training, on the CPUs where gpt.py computes in this format."""
-        ratios = {f"{median(ours, 'tokens/s', machine) / peer(machine):.1f}" for machine in cpus
-                  if document[machine][ours]["conditions"]["precision"] == precision}
-        return " to ".join(dict.fromkeys((min(ratios, key=float), max(ratios, key=float))))
-
-    alike = median(ours, "tokens/s", writer) / peer(writer, dropout=0.0)
-    ahead = (median("train nanogpt: gpt.py, batch 64, dropout 0.2", "tokens/s", gpu) /
-             peer(gpu, 64))
-    within, past = (times(figure, writer) for figure in ("tokens/s within", "tokens/s past"))
-    study = json.loads((ROOT / "outputs/best.json").read_text(encoding="utf-8"))
-
-    def mean(kind, size=512):
-        return statistics.mean(row[f"val_loss, windows of {size}"] for row in study["rows"]
-                               if row["model"] in (kind + "1", kind + "2"))
-
-    points = [
-        f"**{how['loss']} in {fast['s to target']['median']:.0f} seconds** on {where}, without a "
-        f"GPU: `gpt.py train --minutes {how['minutes']:g}`, wall time with compiling anew and "
-        f"evaluating (median of {len(how['seeds'])} seeds). The 5,000 steps of nanoGPT's own "
-        f"recipe would take {5000 * 64 * 256 / peer(where) / 3600:.0f} hours there, at the speed "
-        "that it reaches in our benchmark.",
-        f"**{statistics.mean(low['last val loss']['values']):.4f} in {longest['minutes']:g} "
-        f"minutes** on {there} ({many}, windows of {longest['context']} characters).",
-        f"**{statistics.mean(seen['last val loss']['values']):.4f} in "
-        f"{seen['s in all']['median']:.0f} seconds** on one {gpu} (mean of {len(plan['seeds'])} "
-        f"seeds, windows of {plan['context']}). It passes {plan['loss']} after "
-        f"{seen['s to target']['median']:.0f} seconds{stepping}.",
-        f"**{mean('student'):.4f}** for the best model, trained on a CPU and taught by two others "
-        f"(mean of 2 seeds, windows of 512; {mean('student', 256):.4f} on windows of 256). The "
-        f"same training without teachers ends at {mean('untaught'):.4f}.",
-        f"**Training {ahead_in('bfloat16')} times as fast as nanoGPT** at its shape, on CPUs that "
-        "are fast in bfloat16 (nanoGPT computes in float32, and with dropout; without dropout in "
-        f"either, it is {alike:.1f} times on {writer}); "
-        f"{ahead_in('float32')} times where both compute in float32, {ahead:.1f} times on the "
-        f"{gpu}, both in bfloat16.",
-        f"**Writing {past:.0f} times as fast as nanoGPT** past the window"
-        f"{', once compiled,' * (way == 'compiled')} and {within:.0f} times within it, on "
-        f"{writer}; {times('tokens/s past', gpu):.0f} times on the {gpu}."]
-    return "\n".join(textwrap.fill(point, 120, initial_indent="- ", subsequent_indent="  ",
-                                   break_on_hyphens=False) for point in points)
+def study():
+    """What best.json holds."""
+    return json.loads((ROOT / "outputs/best.json").read_text(encoding="utf-8"))
 
 
 def best():
     """The models of best.json. Chapter 10 of the notebook shows the same lines."""
-    file = (ROOT / "outputs/best.json").read_text(encoding="utf-8")
     columns = {"model": "", "parameters": ",", "characters": ",", "minutes": ".0f",
                "evaluations": "", "val_loss, windows of 512": ".4f",
                "val_loss, windows of 256": ".4f"}
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
-    for row in json.loads(file)["rows"]:
+    for row in study()["rows"]:
         cells = (format(row[key], kind) if key in row else "" for key, kind in columns.items())
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def benchmarks():
-    """The tables of benchmarks.json."""
-    file = (ROOT / "outputs/benchmarks.json").read_text(encoding="utf-8")
-    return benchmark.tables(json.loads(file)).strip()
 
 
 TABLES = {"headline": headline, "expect": expect, "results": models}
@@ -209,34 +156,31 @@ other.
 
 ## Speed and memory
 
-Made by `python tests/results.py --write` from `outputs/benchmarks.json` (`python tests/benchmark.py
---peer DIR`, DIR being a checkout of nanoGPT) and `outputs/best.json` (`python tests/best.py`).
+Medians of the repetitions, with their range: `python tests/benchmark.py --peer DIR`, DIR being a
+checkout of nanoGPT, measures into `outputs/benchmarks.json`. nanoGPT runs its own model and
+training step at the same shape in the same run. *nanogpt* is 6 layers, 6 heads, 384 channels,
+context 256; *gpt2* is 12 layers, 12 heads, 768 channels, context 1,024, with 65 characters.
 
-**All rows were measured with the earlier `gpt.py`**, of 612 to 636 lines (up to commit 1063059). It
-trained the same recipe, wrote with a compiled model as well, and had teachers on board. The rows of
-the present `gpt.py` are still to be measured.
+{in_short()}
 
-## In short
+{benchmark.tables(measured()).strip()}
 
-{earlier()}
+## Measured earlier
+
+With earlier versions of `gpt.py`, of 542 to 636 lines. They trained by the same recipe. *s to
+target* asks how long `gpt.py train --minutes M` took, from the start of the process, to nanoGPT's
+1.4697 over the whole validation split; *missed* means that it did not get there.
+
+{benchmark.tables(measured(earlier=True)).strip()}
 
 ## The best model
 
-Two models with 192 channels teach one with 256; half of its loss is the cross entropy against the
-mean of their predictions. *Untaught* models are the students without teachers. Last weights, not
-the best of many looks; minutes are of one core each.
+`python tests/best.py`, at commit {study().get("commit", "HEAD")}. Two models with 192 channels
+teach one with 256; half of its loss is the cross entropy against the mean of their predictions.
+*Untaught* models are the students without teachers. Last weights, not the best of many looks;
+minutes are of one core each.
 
 {best()}
-
-## Measured
-
-Medians of the repetitions, with their range. nanoGPT runs its own model and training step at the
-same shape in the same run. *s to target* asks how long `gpt.py train --minutes M` takes, from the
-start of the process, to nanoGPT's 1.4697 over the whole validation split; *missed* means that it
-did not get there. *nanogpt* is 6 layers, 6 heads, 384 channels, context 256; *gpt2* is 12 layers,
-12 heads, 768 channels, context 1,024, with 65 characters.
-
-{benchmarks()}
 """
 
 

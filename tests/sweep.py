@@ -24,7 +24,8 @@ def run(parameters):
         out_dir = Path(folder, "run")
         papermill.execute_notebook(ROOT / "gpt_from_scratch.ipynb", Path(folder, "out.ipynb"),
                                    parameters=SHARED | parameters | dict(out_dir=str(out_dir)),
-                                   cwd=ROOT, progress_bar=False)
+                                   cwd=ROOT, progress_bar=False,
+                                   request_save_on_cell_execute=False)
         model, found = gpt.load(out_dir / "final/last.pt")
     config = model.config
     row = SHARED | parameters | {
