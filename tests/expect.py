@@ -19,7 +19,9 @@ def first_run(minutes):
     """Train for so many minutes with no other flag, and let the best checkpoint write."""
     with tempfile.TemporaryDirectory() as folder:
         gpt = [sys.executable, str(ROOT / "gpt.py")]
-        subprocess.run([*gpt, "train", "--minutes", str(minutes), "--out_dir", folder], check=True)
+        anew = os.environ | {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/cache"}  # as a first run compiles
+        subprocess.run([*gpt, "train", "--minutes", str(minutes), "--out_dir", folder], check=True,
+                       env=anew)
         text = subprocess.run([*gpt, "generate", "--checkpoint", f"{folder}/best.pt"], check=True,
                               capture_output=True, encoding="utf-8").stdout
         run = json.loads(Path(folder, "run.json").read_text(encoding="utf-8"))
