@@ -19,7 +19,7 @@ def first_run(minutes):
     """Train for so many minutes with no other flag, and let the best checkpoint write."""
     with tempfile.TemporaryDirectory() as folder:
         gpt = [sys.executable, str(ROOT / "gpt.py")]
-        anew = os.environ | {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/cache"}  # as a first run compiles
+        anew = os.environ | {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/cache"}  # as a first run does
         subprocess.run([*gpt, "train", "--minutes", str(minutes), "--out_dir", folder], check=True,
                        env=anew)
         text = subprocess.run([*gpt, "generate", "--checkpoint", f"{folder}/best.pt"], check=True,
