@@ -1,5 +1,5 @@
-"""A sweep of size against data: the notebook's final model in four sizes, each for two budgets of
-characters, one seed. Ten minutes on two cores; the rows go to outputs/sweep.csv.
+"""A sweep of size against data: four sizes of gpt.py's model, each for two budgets of characters,
+one seed. A few minutes on two cores; the rows go to outputs/sweep.csv.
 
     python tests/sweep.py"""
 import argparse
@@ -9,7 +9,7 @@ import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-import papermill
+import torch
 
 from benchmark import ROOT, count, gpt
 
@@ -19,19 +19,16 @@ SHARED = dict(n_layer=4, block_size=128, batch_size=16, dropout=0.0, seed=1, dev
 
 
 def run(parameters):
-    """One run of the notebook, in fast mode but for its final model; a row of sweep.csv."""
+    """Train one of them; a row of sweep.csv."""
+    torch.set_num_threads(1)  # a core for each run
     with tempfile.TemporaryDirectory() as folder:
-        out_dir = Path(folder, "run")
-        papermill.execute_notebook(ROOT / "gpt_from_scratch.ipynb", Path(folder, "out.ipynb"),
-                                   parameters=SHARED | parameters | dict(out_dir=str(out_dir)),
-                                   cwd=ROOT, progress_bar=False,
-                                   request_save_on_cell_execute=False)
-        model, found = gpt.load(out_dir / "final/last.pt")
-    config = model.config
+        config = gpt.Config(**gpt.CPU | SHARED | parameters, out_dir=folder, compile="off")
+        found = gpt.train(config)
+        model, _ = gpt.load(Path(folder, "last.pt"))
     row = SHARED | parameters | {
         "parameters": count(model),
         "tokens": found["step"] * config.batch_size * config.block_size,
-        "precision": config.dtype, "val_loss": round(found["val_loss"], 5),
+        "precision": found["config"]["dtype"], "val_loss": round(found["val_loss"], 5),
         "train_loss": round(found["train_loss"], 5)}
     print(row, flush=True)
     return row
@@ -40,7 +37,6 @@ def run(parameters):
 def main():
     argparse.ArgumentParser(description=__doc__,
                             formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    os.environ |= {"GPT_FAST": "1", "OMP_NUM_THREADS": "1"}  # a core for each run
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         rows = list(pool.map(run, [size | budget for size in reversed(SIZES)
                                    for budget in reversed(BUDGETS)]))
