@@ -116,8 +116,9 @@ def in_short():
             f"On {machine}, `gpt.py` trains {training[0.2]:.1f} times as fast as nanoGPT with "
             f"dropout 0.2 in both, and {training[0.0]:.1f} times without dropout, compiled or not, "
             f"whichever is faster for nanoGPT. It takes {memory[0.2][0]:,.0f} MiB where nanoGPT "
-            f"takes {memory[0.2][1]:,.0f}. Past the window it writes one text {writing[1]:.1f} "
-            f"times as fast, and sixteen at once {writing[16]:.1f} times.")
+            f"takes {memory[0.2][1]:,.0f}; without dropout, {memory[0.0][0]:,.0f} and "
+            f"{memory[0.0][1]:,.0f}. Past the window it writes one text {writing[1]:.1f} times as "
+            f"fast, and sixteen at once {writing[16]:.1f} times.")
     return "\n\n".join(textwrap.fill(line, 100, break_on_hyphens=False) for line in lines)
 
 
