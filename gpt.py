@@ -37,7 +37,7 @@ class Config:
     vocab_size: int = 65  # distinct characters; the text decides
     batch_size: int = 16  # windows of text per step, over all processes
     max_iters: int = 1300  # optimizer steps
-    minutes: float = 0.0  # wall time to train for, instead of max_iters
+    minutes: float = 0.0  # wall time to train for, compiling included, instead of max_iters
     learning_rate: float = 0.03  # peak rate of Muon, for the matrices of the blocks
     weight_decay: float = 0.3  # decoupled decay of these matrices
     adamw_learning_rate: float = 0.003  # peak rate of AdamW, for embeddings and head
@@ -46,7 +46,7 @@ class Config:
     short_fraction: float = 0.0  # first part of the run, on more but shorter windows
     dropout: float = 0.1  # share of the channels dropped from each branch
     train_temperature: float = 0.88  # divides the logits in training only
-    eval_interval: int = 0  # steps between evaluations (or a minute); 0: two readings of the text
+    eval_interval: int = 0  # evaluate each so many steps, and each minute; 0: each two readings
     seed: int = 1  # seed of weights, batches and dropout
     device: str = "auto"  # where to compute: auto, cpu, cuda or mps
     dtype: str = "auto"  # format of matrix products: auto, float32, bfloat16 or float16
@@ -68,7 +68,7 @@ SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 def load_text(data=""):
     """Path of a text (none: tiny Shakespeare, downloaded once, or offline a bundled play), its
-    characters, sorted, its ids to train on, those to validate on, and its SHA-256."""
+    characters, ids to train on, ids of the last tenth (at most 200,000), and its SHA-256."""
     path = Path(data or TEXT).expanduser()
     if not data and not TEXT.exists():
         try:
@@ -77,7 +77,7 @@ def load_text(data=""):
             torch.hub.download_url_to_file(URL, TEXT, hash_prefix=SHA256, progress=False)
         except Exception as error:  # no network, or another kind of page: each has its own type
             path = TEXT.with_name("the_salt_tide.txt")
-            log(f"taking {path}, since {TEXT} is missing and {URL} gives: {error}")
+            log(f"taking {path}, until you save {URL} as {TEXT}: {error}")
     text = path.read_text("utf-8-sig")
     chars, cut = "".join(sorted(set(text))), max(int(0.9 * len(text)), len(text) - 200_000)
     check(len(chars) > 1 and "\0" not in text, f"{path} is empty, binary, or of one character")
@@ -112,7 +112,7 @@ class Block(nn.Module):
     """Attention, then an MLP, each added to the stream x (B, T, C). At first, both add nothing."""
     def __init__(self, config):
         super().__init__()
-        self.n_head, self.dropout, C = config.n_head, config.dropout, config.n_embd
+        self.n_head, self.dropout, C = config.n_head, nn.Dropout(config.dropout), config.n_embd
         self.qkv, self.out = nn.Linear(C, 3 * C, bias=False), nn.Linear(C, C, bias=False)
         self.up, self.down = nn.Linear(C, 4 * C, bias=False), nn.Linear(4 * C, C, bias=False)
         self.out.weight.data, self.down.weight.data = torch.zeros(C, C), torch.zeros(C, 4 * C)
@@ -122,13 +122,13 @@ class Block(nn.Module):
         (q, k), v = rotary(norm(qkv[:2]), cos, sin), qkv[2]  # (B, H, T, D), with QK norm
         k, v = cache.update(layer, k, v) if cache else (k, v)  # (B, H, S, D)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=q.size(2) > 1)  # (B, H, T, D)
-        keep = F.dropout(x.new_ones(2, len(x), 1, x.size(2)), self.dropout, self.training)
+        keep = self.dropout(x.new_ones(2, len(x) * WORLD, 1, x.size(2)))[:, RANK::WORLD]
         x = x + keep[0] * self.out(y.transpose(1, 2).flatten(2))  # (B, T, C)
         return x + keep[1] * self.down(F.relu(self.up(norm(x))).square())  # ReLU^2 (So et al.)
 
 class KVCache:
     """Keys and values of each block for the last block_size of `length` ids, and the last two ids.
-    At first, up to block_size ids may come at once; then one by one, in the place of the oldest."""
+    At first, up to block_size ids may come at once; then one by one, in the end over the oldest."""
     def __init__(self, config, batch_size, device="cpu"):
         size = batch_size, config.n_head, config.block_size, config.n_embd // config.n_head
         self.kv = torch.zeros(config.n_layer, 2, *size, device=device)
@@ -226,7 +226,7 @@ def load(path, device="cpu"):
         model.load_state_dict(saved["states"][0])
         return model.eval(), saved
     except Exception as error:
-        raise ValueError(f"{path} is missing or no checkpoint of gpt.py ({type(error).__name__})")
+        raise ValueError(f"{path} is no checkpoint that can be loaded ({type(error).__name__})")
 
 def save(out_dir, run, *parts):
     """Write last.pt (to resume), best.pt (to generate), metrics.jsonl and run.json (to read)."""
@@ -243,7 +243,7 @@ def save(out_dir, run, *parts):
 def train_step(model, optimizers, data, config, step, done):
     """One step, a function of nothing but seed, step, share of the run done, and states. Returns
     this process's mean loss. Gradients are of the sum: large enough for float16 unscaled."""
-    torch.manual_seed((config.seed * 2**20 + step) * WORLD + RANK)  # for dropout
+    torch.manual_seed(config.seed * 2**20 + step)  # for dropout, the same in all processes
     cut = 4 if done < config.short_fraction / 2 else 2 if done < config.short_fraction else 1
     x, y = get_batch(data, config.batch_size * cut, config.block_size // cut, step, config.seed)
     model.train().zero_grad()
@@ -251,11 +251,11 @@ def train_step(model, optimizers, data, config, step, done):
         logits = model(x).flatten(0, 1).float() / config.train_temperature  # (B T, V)
         loss = F.cross_entropy(logits, y.flatten(), reduction="sum")
         loss.backward()
-        for p in model.parameters() if WORLD > 1 else ():  # one process has nothing to add
+        for p in model.parameters() if WORLD > 1 and optimizers else ():  # a trial may fail in one
             distributed.all_reduce(p.grad)  # their sum
         factor = min(1, (1 - done) / max(config.decay_fraction, 1e-9))  # decay_fraction may be 0
         for optimizer in optimizers:  # in autocast, too: Muon's products
-            for group in optimizer.param_groups:
+            for group in optimizer.param_groups:  # settings of now, not of the checkpoint
                 group.update(optimizer.defaults, lr=optimizer.defaults["lr"] * factor)
             optimizer.step()
     return loss.detach() / y.numel()
@@ -289,7 +289,7 @@ def train(config, saved=None):
     done = run["seconds"] / 60 / config.minutes if config.minutes > 0 else step / config.max_iters
     check(done < 1, "this run is finished: --resume it with more --max_iters or --minutes")
     interval = config.eval_interval or 1 + 2 * len(data) // config.batch_size // config.block_size
-    if config.compile == "on":
+    if config.compile != "off":
         try:
             for block in model.blocks:
                 block.compile(dynamic=False)
@@ -305,7 +305,7 @@ def train(config, saved=None):
         if RANK == 0 and (done >= 1 or step % interval == 0 or seconds > run["seconds"] + 60):
             train_loss = float(loss) / (step - run["step"])
             val_loss = evaluate(model.eval(), val_data, config.block_size)
-            check(math.isfinite(train_loss + val_loss), "no number: --resume, less --learning_rate")
+            check(math.isfinite(train_loss + val_loss), "NaN loss: --resume, lower --learning_rate")
             seconds = time.perf_counter() - begin  # evaluating counts, too
             row = dict(step=step, seconds=seconds, train_loss=train_loss, val_loss=val_loss)
             run.update(row, metrics=[*run["metrics"], row])
@@ -325,14 +325,14 @@ def sample_next(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
 @torch.inference_mode()
 def generate(model, idx, max_new_tokens=500, temperature=0.8, top_k=0, top_p=1.0, seed=1):
     """Go on from the last block_size of idx (B, T): yields max_new_tokens times one id (B, 1)."""
-    check(min(max_new_tokens, top_k) >= 0 and temperature >= 0 and 0 < top_p <= 1, "out of range")
+    check(min(max_new_tokens, temperature, top_k) >= 0 < top_p <= 1, "a number is out of range")
     idx, device = idx[:, -model.config.block_size:], model.head.weight.device
     cache, generator = KVCache(model.config, len(idx), device), torch.Generator().manual_seed(seed)
     for _ in range(max_new_tokens):
         idx = sample_next(model(idx.to(device), cache)[:, -1], temperature, top_k, top_p, generator)
         yield idx
 # ---- command line --------------------------------------------------------------------------------
-WRITING = dict(checkpoint=f"{Config.out_dir}/best.pt", prompt="\n", max_new_tokens=500,
+WRITING = dict(checkpoint=f"{Config.out_dir}/best.pt", prompt="", max_new_tokens=500,
                temperature=0.8, top_k=0, top_p=1.0, seed=1, device="auto")
 
 def main(argv=None):
@@ -350,14 +350,14 @@ def main(argv=None):
         if given.pop("command") == "train":
             base = CPU if pick_device(given.get("device", "auto")).type == "cpu" else {}
             if given.pop("resume", False):
-                _, saved = load(Path(given.get("out_dir", Config.out_dir), "last.pt"))
+                _, saved = load(Path(given.setdefault("out_dir", Config.out_dir), "last.pt"))
                 base = saved["config"] | ({"minutes": 0} if "max_iters" in given else {})
             run = train(Config(**base | given), saved)
             log(f"next: python gpt.py generate --checkpoint {run['config']['out_dir']}/best.pt")
         else:
             given = WRITING | given
             model, saved = load(given.pop("checkpoint"), pick_device(given.pop("device")))
-            idx = encode(given["prompt"], saved["chars"])[None]
+            idx = encode(given["prompt"] or saved["chars"][0], saved["chars"])[None]
             print(given.pop("prompt"), end="")
             for token in generate(model, idx, **given):
                 print(saved["chars"][token.item()], end="", flush=True)

@@ -4,14 +4,13 @@
     python tests/benchmark.py --peer ../nanoGPT    # beside the model.py of a nanoGPT checkout
     python tests/benchmark.py --only train start   # what has one of these words in its name
     python tests/benchmark.py --only target        # seconds until a validation loss is reached
-    python tests/benchmark.py --only texts         # and against the classic GPT on another text
     python tests/benchmark.py --table              # show again what the result file holds
 
 Each repetition is a process of its own, so that none finds another's memory or threads, and the
 measurements take turns (A B A B), so that noise hits them alike. The result file keeps all values
 beside their conditions; a run replaces only what it measures."""
-import argparse, hashlib, importlib, json, math, os, platform, re
-import statistics, subprocess, sys, sysconfig, tempfile, time
+import argparse, hashlib, importlib, json, os, platform, re
+import statistics, subprocess, sys, tempfile, time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 import torch
@@ -24,8 +23,6 @@ import gpt
 ROOT = Path(gpt.__file__).parent
 SHAPES = {"nanogpt": dict(n_layer=6, n_head=6, n_embd=384, block_size=256, batch_size=16),
           "cpu": gpt.CPU,
-          "nanogpt on a cpu": dict(n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=12,
-                                   dropout=0.0),
           "gpt2": dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=2),
           "tiny": dict(n_layer=2, n_head=2, n_embd=32, block_size=32, batch_size=4)}  # for a try
 
@@ -251,13 +248,13 @@ def start(config, device, dtype):
                 "s import gpt and load": seconds_of(run, [load], device)}, {}
 
 
-def trained(config, device, minutes, data=""):
+def trained(config, device, minutes):
     """`python gpt.py train` with its preset: its run.json and what else is to be known of it, its
     wall seconds, and the wall seconds at which it reported each step."""
     begin, log, told = time.perf_counter(), [], {}
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "gpt.py", "train", "--device", device.type, "--out_dir", folder,
-                   "--minutes", str(minutes), "--seed", str(config.seed), "--data", str(data)]
+                   "--minutes", str(minutes), "--seed", str(config.seed)]
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
             for line in process.stderr:
                 log.append(line)
@@ -284,42 +281,8 @@ def target(config, device, dtype, loss, minutes):
             "evaluations": len(run["metrics"])}, found | {"config": run["config"]}
 
 
-def texts(config, device, dtype, engine, text, minutes):
-    """Validation loss of the preset, or of the classic GPT, after equal wall time. The classic is
-    trained as nanoGPT's README does on a CPU: its shape there, random windows, AdamW, 1e-3 after
-    100 steps, then by a cosine to 1e-4."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = ""
-        if text == "Python":  # as many characters of the standard library's source
-            sources = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
-            lines = "".join(s for s in (f.read_text("utf-8") for f in sources) if s.isascii())
-            path = Path(folder, "python.txt")
-            path.write_text(lines[:1_115_394], encoding="utf-8", newline="\n")
-        if engine == "gpt.py":
-            run, found, _, _ = trained(config, device, minutes, path)
-            return {"steps": run["step"], "last val loss": run["val_loss"]}, found
-        begin, done, steps = clock(device), 0.0, 0
-        _, chars, data, val_data, sha256 = gpt.load_text(path)
-    B, T, data = config.batch_size, config.block_size, data.to(device)
-    model = classic_gpt(replace(config, vocab_size=len(chars))).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.1)
-    while done < 1:
-        rate = min(1, (steps + 1) / 100) * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
-        optimizer.param_groups[0]["lr"] = 1e-3 * rate
-        start = torch.randint(len(data) - T, (B, 1), device=device)
-        window = data[start + torch.arange(T + 1, device=device)]
-        F.cross_entropy(model(window[:, :-1]).flatten(0, 1), window[:, 1:].flatten()).backward()
-        optimizer.step()
-        model.zero_grad()
-        steps, done = steps + 1, (clock(device) - begin) / 60 / minutes
-    loss = gpt.evaluate(model.eval(), val_data.to(device), T)
-    return {"steps": steps, "last val loss": loss}, {
-        "parameters": count(model), "precision": "float32", "compiled": False,
-        "sha256 of the text": sha256[:8]}
-
-
 # ---- taking turns, and showing what was found ----------------------------------------------------
-KINDS = {f.__name__: f for f in (machine, train, profile, generate, start, target, texts)}
+KINDS = {f.__name__: f for f in (machine, train, profile, generate, start, target)}
 WORDS = {"n_layer": "layers", "n_head": "heads", "n_embd": "channels", "block_size": "context",
          "batch_size": "batch", "dropout": "dropout"}
 
@@ -351,12 +314,6 @@ def plan(args, device):
         time_given = f"in {args.minutes:g} minutes" if args.minutes else "with the preset's steps"
         jobs[f"target: {args.target} {time_given}"] = (
             "target", budget, {"loss": args.target, "minutes": args.minutes})
-        for text in ("tiny Shakespeare", "Python") if args.minutes else ():
-            for engine in ("gpt.py", "classic"):
-                shape = budget if engine == "gpt.py" else gpt.Config(**SHAPES["nanogpt on a cpu"])
-                jobs[f"texts: {engine} on {text} in {args.minutes:g} minutes"] = (
-                    "texts", shape,
-                    {"engine": engine, "text": text, "minutes": args.minutes})
     return {name: job for name, job in jobs.items() if any(w in name for w in args.only or [""])}
 
 
@@ -383,10 +340,9 @@ SHOWN = {"machine": [], "start": [],  # all their figures
          "profile": ["engine", "batch", "dropout", "precision", "compiled", "% in products",
                      "% in optimizers", "% in the rest"],
          "generate": ["engine", "batch", "tokens/s within", "tokens/s past",
-                      "ms to first, prompt of 1", "s to compile"],
+                      "ms to first, prompt of 1"],
          "target": ["minutes", "loss", "seeds", "s to target", "s of steps to target", "steps",
-                    "last val loss", "commit"],
-         "texts": ["text", "engine", "minutes", "threads", "seeds", "steps", "last val loss"]}
+                    "last val loss", "commit"]}
 
 
 def tables(document):

@@ -39,22 +39,21 @@ def models():
 def others():
     """The forerunners, and published losses, each in its own windows. Chapter 12 shows the same."""
     head = ["model", "parameters", "characters read", "windows", "training loss",
-            "validation loss, own windows", "published"]
+            "validation loss, own windows", "note"]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     five = json.loads((ROOT / "outputs/forerunners.json").read_text(encoding="utf-8"))
-    short = {entry["name"]: entry["steps_run"] < entry["steps"] for entry in five}
-    for entry in sorted(five, key=lambda entry: (short[entry["name"]], -entry["curve"][-1][2])):
+    for entry in sorted(five, key=lambda entry: -entry["curve"][-1][2]):
         _, train_loss, val_loss = entry["curve"][-1]
         note = entry["reported"]
-        if short[entry["name"]]:
-            note = f"stopped after {entry['steps_run']} of {entry['steps']:,} steps: no result"
+        if entry["steps_run"] < entry["steps"]:
+            note = f"after {entry['steps_run']:,} of {entry['steps']:,} steps"
         cells = [entry["name"], f"{entry['parameters']:,}", f"{entry['tokens']:,}",
                  entry["block_size"], f"{train_loss:.4f}", f"{val_loss:.4f}", note]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     results = json.loads((ROOT / "outputs/results.json").read_text(encoding="utf-8"))
     for row in results["published"]:
         losses = " and ".join(f"{loss:.4f}" for loss in row["losses"])
-        lines.append(f"| {row['name']} | | | | | | {losses} |")
+        lines.append(f"| {row['name']} | | | | | | published: {losses} |")
     return "\n".join(lines)
 
 
@@ -99,7 +98,8 @@ def in_short():
     for machine, entries in measured().items():
         found = {name: {figure: value["median"] for figure, value in entry["figures"].items()}
                  for name, entry in entries.items()}
-        if "generate nanogpt: nanoGPT, batch 16, dropout 0.0" not in found:
+        if not {f"{kind} nanogpt: nanoGPT, batch 16, dropout 0.0"
+                for kind in ("train", "generate")} <= set(found):
             continue
         training, memory, writing = {}, {}, {}
         for dropout in (0.2, 0.0):
@@ -132,8 +132,10 @@ def best():
     columns = {"model": "", "parameters": ",", "characters": ",", "minutes": ".0f",
                "evaluations": "", "val_loss, windows of 512": ".4f",
                "val_loss, windows of 256": ".4f"}
-    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
-    for row in study()["rows"]:
+    order = ["teacher1", "teacher2", "mean of the teachers", "untaught1", "untaught2", "student1",
+             "student2"]
+    lines = [f"| {' | '.join(columns)} |".replace("val_loss", "loss"), "|---" + "|--:" * 6 + "|"]
+    for row in sorted(study()["rows"], key=lambda row: order.index(row["model"])):
         cells = (format(row[key], kind) if key in row else "" for key, kind in columns.items())
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

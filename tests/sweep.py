@@ -22,7 +22,8 @@ def run(parameters):
     """Train one of them; a row of sweep.csv."""
     torch.set_num_threads(1)  # a core for each run
     with tempfile.TemporaryDirectory() as folder:
-        config = gpt.Config(**gpt.CPU | SHARED | parameters, out_dir=folder, compile="off")
+        config = gpt.Config(**gpt.CPU | SHARED | parameters, out_dir=folder, dtype="float32",
+                            compile="off")
         found = gpt.train(config)
         model, _ = gpt.load(Path(folder, "last.pt"))
     row = SHARED | parameters | {

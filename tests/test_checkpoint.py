@@ -2,16 +2,12 @@
 import itertools
 import json
 import math
-import pickle
-import signal
-import subprocess
-import sys
 
 import pytest
 import torch
 
 import gpt
-from conftest import PLAY, ROOT, same, weights
+from conftest import PLAY, weights
 from kills import outcome
 
 
@@ -157,24 +153,6 @@ def test_a_run_can_be_resumed_from_the_start_and_its_folder_is_taken(train, cut)
     assert files(folder) == before
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
-def test_killed_run_resumes_to_the_same_weights(tmp_path, text_file, train):
-    """kill -9 in the middle, then --resume alone: the weights of a run that was never killed."""
-    shape = gpt.CPU | dict(n_layer=1, n_head=2, n_embd=32, block_size=16, batch_size=4, dropout=0.2,
-                           max_iters=150, eval_interval=20, dtype="float32", compile="off")
-    command = [sys.executable, ROOT / "gpt.py", "train", "--out_dir", tmp_path / "killed"]
-    words = [word for name, value in shape.items() for word in (f"--{name}", value)]
-    with subprocess.Popen([*map(str, [*command, "--data", text_file, *words])],
-                          stderr=subprocess.PIPE, text=True) as process:
-        while not process.stderr.readline().startswith("step"):
-            assert process.poll() is None
-        process.kill()
-    assert process.returncode == -signal.SIGKILL and 20 <= weights_step(tmp_path / "killed") < 150
-    done = subprocess.run([*map(str, command), "--resume"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert same(weights(train("whole", **shape)[1]), weights(tmp_path / "killed"))
-
-
 def test_best_is_without_optimizers_and_last_with(train):
     _, folder = train("run")
     states = {name: torch.load(folder / name, weights_only=True)["states"]
@@ -202,25 +180,10 @@ def test_a_full_disk_leaves_all_files_as_they_were(train, monkeypatch):
         train("run")
     assert {path.name for path in before} == {"best.pt", "last.pt", "metrics.jsonl", "run.json"}
     after = files(train.folder / "run")
-    assert all(after[path] == content for path, content in before.items() if path.suffix == ".pt")
+    assert before.items() <= after.items()
     monkeypatch.undo()
     run, folder = train("run", resume=True)
     assert run["step"] == 8 and weights_step(folder) == 8
-
-
-def test_hostile_files_are_refused_and_run_nothing(tmp_path):
-    class Hostile:
-        def __reduce__(self):
-            return open, (str(tmp_path / "owned"), "w")
-
-    path = tmp_path / "hostile.pt"
-    torch.save({"config": Hostile()}, path)
-    with pytest.raises(ValueError, match="no checkpoint"):
-        gpt.load(path)
-    path.write_bytes(pickle.dumps(Hostile()))
-    with pytest.raises(ValueError, match="no checkpoint"):
-        gpt.load(path)
-    assert not (tmp_path / "owned").exists()
 
 
 @pytest.mark.parametrize("changes", [
@@ -232,5 +195,5 @@ def test_checkpoints_that_do_not_fit_are_refused(train, changes):
     saved = torch.load(folder / "best.pt", weights_only=True)
     saved["config"] |= changes
     torch.save(saved, folder / "odd.pt")
-    with pytest.raises(ValueError, match="odd.pt is missing or no checkpoint"):
+    with pytest.raises(ValueError, match="odd.pt is no checkpoint"):
         gpt.load(folder / "odd.pt")

@@ -55,32 +55,6 @@ def test_at_most_200_000_characters_are_kept_to_validate_on(tmp_path):
         assert (len(train), len(val)) == (10 * tens - kept, kept)
 
 
-def test_tilde_is_the_home_folder(text_file, tmp_path, monkeypatch):
-    for name in ("HOME", "USERPROFILE"):  # Windows has the other one
-        monkeypatch.setenv(name, str(tmp_path))
-    assert gpt.load_text("~/text.txt")[0] == text_file
-
-
-@pytest.mark.parametrize("raw", ["a\nb", "\ufeffa\nb", "a\r\nb"])
-def test_byte_order_mark_and_line_ends(tmp_path, raw):
-    path = tmp_path / "text.txt"
-    path.write_bytes(raw.encode())
-    assert read(path) == "a\nb"
-
-
-def test_a_replacement_character_in_the_text_is_one_of_its_characters(tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_text("a\ufffdb", encoding="utf-8")
-    assert read(path) == "a\ufffdb"
-
-
-def test_a_text_cut_off_within_a_character_is_refused_with_the_place(tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_bytes("0123456789é".encode()[:-1])
-    with pytest.raises(ValueError, match="position 10"):
-        gpt.load_text(path)
-
-
 @pytest.mark.parametrize("raw", [b"", b"\xef\xbb\xbf", b"aaaa", b"text\0"],
                          ids=["empty", "only a mark", "one character", "binary"])
 def test_a_file_that_holds_no_text_is_refused(tmp_path, raw):

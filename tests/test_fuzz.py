@@ -1,12 +1,12 @@
 """Random texts, logits, command lines and files: whatever comes in, what comes out is right or one
-error. The cases are the same in every run; the last test counts them."""
+error. The cases are the same in every run."""
 import contextlib
 import io
 import math
 import os
+import pickle
 import shutil
 import subprocess
-import sys
 from dataclasses import asdict
 
 import pytest
@@ -16,12 +16,8 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 import gpt
 from conftest import PLAY
 
-COUNTS = []
-
-
 def cases(count, **strategies):
     """Run a test on `count` cases drawn from strategies."""
-    COUNTS.append(count)
     fixed = settings(max_examples=count, derandomize=True, deadline=None, database=None,
                      suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
     return lambda test: fixed(given(**strategies)(test))
@@ -157,10 +153,16 @@ def command_lines(draw):
     return [command, *FIRST[command], *flags]
 
 
+def everything(folder):
+    """All files, with what they hold where no training goes on."""
+    return {path: path.parent.name == "again" or path.read_bytes()
+            for path in folder.rglob("*") if path.is_file()}
+
+
 @cases(200, words=command_lines())
 def test_any_command_line_ends_with_a_status(folder, words):
     shutil.copytree(folder / "run", folder / "again", dirs_exist_ok=True)
-    before = sorted(folder.rglob("*"))
+    before = everything(folder)
     status, out, err = run(*words)
     lines = err.splitlines() or [""]
     if status == 0:
@@ -168,7 +170,7 @@ def test_any_command_line_ends_with_a_status(folder, words):
     else:
         assert status == 2 and (lines[-1].startswith("error: ") or err.startswith("usage: ")), words
         assert all(line.startswith(("cpu, ", "step ")) for line in lines[:-1]) or "usage" in err
-    assert sorted(folder.rglob("*")) == before
+    assert everything(folder) == before
 
 
 @cases(100, prompt=st.text("Tide ,\n", min_size=1), new=st.integers(0, 12))
@@ -180,16 +182,6 @@ def test_any_prompt_is_gone_on_from(folder, prompt, new):
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------
-def memory():
-    """Most memory that this process has had, in bytes; 0 where the system doesn't say."""
-    try:
-        import resource
-    except ImportError:
-        return 0
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
 # The values of the checkpoint stand before its tensors: most changes should fall there.
 PLACE = st.integers(0, 3000) | st.integers(0, 10**6)
 CHANGES = st.lists(st.tuples(PLACE, st.integers(0, 255)), max_size=6)
@@ -203,14 +195,12 @@ def test_a_damaged_checkpoint_is_a_model_or_refused(folder, changes, cut, name):
     for place, value in changes:
         raw[place % len(raw)] = value
     (folder / "damaged.pt").write_bytes(raw[:int(cut * len(raw))])
-    before = memory()
     try:
         model, _ = gpt.load(folder / "damaged.pt")
     except ValueError as error:
-        assert "damaged.pt is missing or no checkpoint of gpt.py" in str(error)
+        assert "damaged.pt is no checkpoint" in str(error)
     else:
         assert isinstance(model, gpt.GPT)
-    assert memory() - before < 50e6
     (folder / "damaged.pt").unlink()
 
 
@@ -228,12 +218,16 @@ CALL = st.sampled_from([(open, "owned", "w"), (os.system, "touch owned"), (os.mk
                         (subprocess.call, ["touch", "owned"]), (io.FileIO, "owned", "w")])
 
 
-@cases(100, call=CALL, data=st.data(), inside=st.booleans())
-def test_no_place_in_a_checkpoint_runs_code(folder, call, data, inside):
+@cases(100, call=CALL, data=st.data(), where=st.sampled_from(["deep", "above", "alone"]))
+def test_no_place_in_a_checkpoint_runs_code(folder, call, data, where):
     saved = torch.load(folder / "run/last.pt", weights_only=True)
-    place = data.draw(st.sampled_from([saved["config"], *saved["states"]])) if inside else saved
+    place = saved
+    if where == "deep":
+        place = data.draw(st.sampled_from([saved["config"], *saved["states"]]))
     place[data.draw(st.sampled_from(sorted(place)))] = Hostile(*call)
     torch.save(saved, folder / "hostile.pt")
+    if where == "alone":
+        (folder / "hostile.pt").write_bytes(pickle.dumps(Hostile(*call)))
     with pytest.raises(ValueError, match="no checkpoint"):
         gpt.load(folder / "hostile.pt")
     (folder / "hostile.pt").unlink()
@@ -245,7 +239,3 @@ def test_the_flags_tried_are_those_there_are():
     left_out = {"out_dir", "vocab_size", "minutes", "adamw_learning_rate", "adamw_weight_decay"}
     assert set(FLAGS["train"]) == set(asdict(gpt.Config())) - left_out
     assert set(FLAGS["generate"]) == set(gpt.WRITING)
-
-
-def test_at_least_a_thousand_cases():
-    assert sum(COUNTS) >= 1000

@@ -17,6 +17,10 @@ EVEN = "test_data.py::test_batches_read_the_text_evenly"
 SHARES = "test_data.py::test_shares_of_all_processes_are_the_whole_batch"
 SPLIT = "test_data.py::test_split_is_disjoint_and_complete"
 CACHE = "test_generate.py::test_cached_logits_are_the_uncached"
+MASKS = "test_model.py::test_dropout_draws_one_mask_for_all_positions"
+TWO = "test_train.py::test_two_processes_train_like_one_and_resume_exactly"
+CLOCK = "test_train.py::test_compiling_counts_as_time"
+PRESET = "test_cli.py::test_what_no_flag_sets_the_preset_decides"
 WINDOW = "test_generate.py::test_past_the_window_each_layer_sees_the_last_block_size"
 FILTERS = "test_generate.py::test_filters_exclude_what_they_should"
 WARMTH = "test_generate.py::test_temperature_shapes_the_distribution"
@@ -48,6 +52,7 @@ FAULTS = {
     "only the first key for a single query": ("is_causal=q.size(2) > 1", "is_causal=True", CACHE),
     "keys not turned": ("rotary(norm(qkv[:2]), cos, sin)",
                         "(rotary(norm(qkv[0]), cos, sin), norm(qkv[1]))", FORMULA),
+    "scores not divided by the root of D": ("q.size(2) > 1)", "q.size(2) > 1, scale=1)", FORMULA),
     "no QK norm for the queries": ("norm(qkv[:2])", "torch.stack((qkv[0], norm(qkv[1])))", FORMULA),
     "queries turned the other way": (
         "rotary(norm(qkv[:2]), cos, sin)",
@@ -69,9 +74,8 @@ FAULTS = {
     "batches read unevenly": ("(5**0.5 - 1) / 2", "0.5", EVEN),
     "every process reads the whole batch": ("start[RANK::WORLD, None]", "start[:, None]", SHARES),
     "validation text in training": ("encode(text[:cut], chars),", "encode(text, chars),", SPLIT),
-    "the last window not evaluated": (".view(-1, block_size).split(16)\n    targets",
-                                      "[:-block_size].view(-1, block_size).split(16)\n    targets",
-                                      WHOLE),
+    "the last window not evaluated": ("rest = (1 - len(data)) % block_size",
+                                      "rest = -((len(data) - 1) % block_size)", WHOLE),
     "the filling of the last window evaluated": ("value=-100", "value=0", MEAN),
     "rate not decayed": ("optimizer.defaults[\"lr\"] * factor", "optimizer.defaults[\"lr\"]",
                          RATES),
@@ -81,18 +85,18 @@ FAULTS = {
                     "orthogonalize(average)", MUON),
     "no factor for tall matrices": ("max(1, grad.size(-2) / grad.size(-1)) ** 0.5", "1", MUON),
     "top-p keeps one too few": (".cumsum(-1) - probs >=", ".cumsum(-1) >=", FILTERS),
-    "top-k keeps one too many": ("min(top_k or logits.size(1)", "min(top_k + 1", FILTERS),
+    "top-k keeps one too many": ("min(top_k or", "min(top_k and top_k + 1 or", FILTERS),
     "temperature ignored": (" / max(temperature, 1e-9)", "", WARMTH),
     "every step the same batch": ("config.block_size // cut, step,", "config.block_size // cut, 0,",
                                   DRAWS),
     "short windows without more of them": ("config.batch_size * cut", "config.batch_size", GROWS),
     "train_temperature ignored": (" / config.train_temperature", "", STEP),
-    "gradients of the mean": ("loss = F.cross_entropy(logits, y.flatten(), reduction=\"sum\")",
-                              "loss = F.cross_entropy(logits, y.flatten())", STEP),
+    "gradients of the mean": ("loss.backward()", "(loss / y.numel()).backward()", STEP),
     "gradients of the last step kept": ("model.train().zero_grad()", "model.train()", STEP),
     "dropout goes on as in evaluation": ("model.train().zero_grad()", "model.zero_grad()", TRACE),
-    "dropout by chance": ("torch.manual_seed((config.seed * 2**20 + step) * WORLD + RANK)", "pass",
-                          RESUME),
+    "dropout by chance": ("torch.manual_seed(config.seed * 2**20 + step)", "pass", RESUME),
+    "one mask for both branches": ("keep[1]", "keep[0]", MASKS),
+    "every process drops what the first does": ("[:, RANK::WORLD]", "[:, :len(x)]", TWO),
     "optimizers not resumed": ("zip((model, *optimizers), run", "zip((model,), run", RESUME),
     "old weight decay kept": ("group.update(optimizer.defaults, lr=", "group.update(lr=", DECAY),
     "the worst evaluation kept": ("== min(row[\"val_loss\"]", "== max(row[\"val_loss\"]", BEST),
@@ -101,7 +105,11 @@ FAULTS = {
     "the trial moves the weights": ("train_step(model, (), data", "train_step(model, optimizers, "
                                     "data", TRIAL),
     "a loss that is no number saved": ("math.isfinite(train_loss + val_loss)", "True", NUMBER),
-    "flags forgotten when resuming": ("base = saved[\"config\"] |", "base = CPU |", ALONE),
+    "a flag forgotten when resuming": ("base = saved[\"config\"] |",
+                                       "base = saved[\"config\"] | {\"seed\": 1} |", ALONE),
+    "the preset forgotten": ("base = CPU if", "base = {} if", PRESET),
+    "compiling not counted": ("    while done < 1:", "    begin = time.perf_counter()\n"
+                              "    while done < 1:", CLOCK),
     "the time that was used forgotten": ("time.perf_counter() - run[\"seconds\"]",
                                          "time.perf_counter()", LEFT),
     "saving straight into the file":

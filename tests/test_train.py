@@ -254,6 +254,8 @@ def test_rates_are_flat_then_fall_to_zero(config):
                 assert group["lr"] == pytest.approx(peak * factor)
         moved = [not torch.equal(p, old) for p, old in zip(model.parameters(), before)]
         assert any(moved) == (factor > 0)
+    gpt.train_step(model, optimizers, data, gpt.replace(config, decay_fraction=0.0), 0, 0.99)
+    assert [group["lr"] for group in optimizers[1].param_groups] == [0.003]
 
 
 def test_the_loop_tells_each_step_how_much_is_done(train, monkeypatch):
@@ -271,6 +273,19 @@ def test_minutes_end_with_the_clock(train, monkeypatch):
     run, _ = train("run", minutes=0.1, max_iters=1, eval_interval=10_000)
     assert told == pytest.approx([i / 6 for i in range(6)])
     assert run["step"] == 6 and 6 <= run["seconds"] < 10
+
+
+def test_compiling_counts_as_time(train, monkeypatch):
+    clock = [1000.0]
+
+    def later(seconds):
+        clock[0] += seconds
+        return clock[0]
+
+    monkeypatch.setattr(gpt.time, "perf_counter", lambda: later(1))
+    monkeypatch.setattr(gpt.Block, "compile", lambda *args, **options: later(60))
+    run, _ = train("run", minutes=0.5, compile="on")  # two blocks, a minute each
+    assert run["step"] == 1 and 120 < run["seconds"] < 130
 
 
 def test_a_budget_too_short_for_a_step_still_leaves_a_run(train):
@@ -303,7 +318,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_the_files_stay(train, monkey
     if broken == "training":
         monkeypatch.setattr(gpt.GPT, "forward", lambda self, x: forward(self, x) * (
             math.nan if self.training and calls else 1))
-    with pytest.raises(ValueError, match="no number.*learning_rate"):
+    with pytest.raises(ValueError, match="NaN loss.*learning_rate"):
         train("run")
     assert files and content(train.folder / "run") == files
     assert gpt.load(train.folder / "run/last.pt")[1]["step"] == 4
@@ -347,7 +362,7 @@ def test_devices(monkeypatch, there, names):
                 gpt.pick_device(name)
 
 
-SHAPE = gpt.CPU | dict(n_layer=1, n_head=2, n_embd=16, block_size=16, batch_size=4, dropout=0.0,
+SHAPE = gpt.CPU | dict(n_layer=1, n_head=2, n_embd=16, block_size=16, batch_size=4, dropout=0.2,
                        short_fraction=0.0, decay_fraction=1e-9, dtype="float32", compile="off")
 
 
@@ -366,8 +381,8 @@ def flags(out_dir, steps):
 
 
 def test_two_processes_train_like_one_and_resume_exactly(tmp_path, text_file, train):
-    """The same batch on two gloo processes: equal up to the order of the sums. With rates that
-    stay, half of the steps and then --resume are all steps at once."""
+    """The same batch and the same dropout on two gloo processes: equal up to the order of the sums.
+    With rates that stay, half of the steps and then --resume are all steps at once."""
     again = ["train", "--out_dir", "half", "--resume", "--max_iters", "8"]
     (tmp_path / "three.py").write_text(f"""
 import gpt
