@@ -67,17 +67,22 @@ def made(tmp_path_factory):
     return built(tmp_path_factory.mktemp("play"), "".join(sorted(set(text))), text, roles)
 
 
-@pytest.fixture(scope="module")
-def browser():
-    if not (BROWSER and DRIVER and webdriver):
-        pytest.skip("no browser to drive: needs Chromium, chromedriver and selenium")
+def started():
+    """A Chromium without a window and without a network."""
     options = webdriver.ChromeOptions()
     options.binary_location = BROWSER
     for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
                  "--force-prefers-reduced-motion", "--host-resolver-rules=MAP * ~NOTFOUND"):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
+    return webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if not (BROWSER and DRIVER and webdriver):
+        pytest.skip("no browser to drive: needs Chromium, chromedriver and selenium")
+    driver = started()
     yield driver
     driver.quit()
 
