@@ -54,7 +54,9 @@ def built(folder, chars, text, roles, **sizes):
              "display": lambda *shown: scope["shown"].extend(shown), "Markdown": str, "shown": [],
              "best": model, "chars": chars, "moments": moments, "outputs": folder, "text": text,
              "val_data": gpt.encode(text[:2000], chars),
-             "roles": roles}
+             "H": model.config.n_head, "roles": roles | {"unfilled": (0, 0)},
+             "score": {name: torch.ones(6) for name in roles} | {"unfilled": torch.full((6,), 0.1)},
+             "base": dict.fromkeys([*roles, "unfilled"], torch.full((6,), 0.1))}
     for source in cells():
         exec(source, scope)
     return scope
@@ -330,7 +332,8 @@ def test_heads_and_lens_say_what_the_weights_say(page, made):
     seen = torch.tensor(page.js("return seen.weights.flat().map(share => [...share])"))
     assert (seen - ring).abs().max() < 1e-4
     heads = page.all("#heads [role=radio]")
-    assert [head.accessible_name for head in heads][4] == "layer 3, head 1 (line's start, <b>)"
+    names = [head.accessible_name for head in heads]
+    assert names[4] == "layer 3, head 1 (line's start, <b>)" and "unfilled" not in str(names)
     assert [head.get_attribute("aria-checked") for head in heads].index("true") == 4
     for number, head in enumerate(heads):
         head.click()
