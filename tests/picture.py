@@ -5,6 +5,7 @@ import base64
 import time
 
 import nbformat
+from PIL import Image
 
 from results import ROOT
 from test_play import Page, started
@@ -20,13 +21,15 @@ def main():
     page.js("document.documentElement.style.scrollbarWidth = 'none'")
     page.js("marks[arguments[0]].click(); scrollTo(0, 0)", page.text[:400].rindex(" ") + 1)
     time.sleep(1)
-    driver.save_screenshot(ROOT / "outputs/play.png")
+    file = ROOT / "outputs/play.png"
+    driver.save_screenshot(file)
     driver.quit()
+    Image.open(file).quantize(96).save(file, optimize=True)
     path = ROOT / "gpt_from_scratch.ipynb"
     book = nbformat.read(path, as_version=4)
     cell = next(cell for cell in book.cells if 'Image(outputs / "play.png")' in cell.source)
     picture = next(output.data for output in cell.outputs if "image/png" in output.data)
-    picture["image/png"] = base64.b64encode((ROOT / "outputs/play.png").read_bytes()).decode()
+    picture["image/png"] = base64.b64encode(file.read_bytes()).decode()
     nbformat.write(book, path)
 
 
