@@ -48,7 +48,7 @@ def test_help_shows_every_flag_and_its_default(capsys):
     for name, value in (gpt.asdict(gpt.Config()) | gpt.WRITING).items():
         line = rf"--{name} {name.upper()}\s+default:\s+{re.escape(repr(value))}"
         assert re.search(line, shown), line
-    assert "{train,generate}" in shown
+    assert "{train,generate}" in shown and "--resume" in shown
 
 
 def test_what_no_flag_sets_the_preset_decides(run, text_file, monkeypatch):
