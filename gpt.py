@@ -5,7 +5,7 @@
     torchrun --nproc_per_node=4 gpt.py train    # the same training on four GPUs
 
 gpt_from_scratch.ipynb explains every line and writes this file: make changes there."""
-import argparse, hashlib, json, math, os, socket, sys, time, timeit
+import argparse, hashlib, io, json, math, os, socket, sys, time, timeit
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 import torch
@@ -46,7 +46,7 @@ class Config:
     short_fraction: float = 0.0  # first part of the run, on more but shorter windows
     dropout: float = 0.1  # share of the channels dropped from each branch
     train_temperature: float = 0.88  # divides the logits in training only
-    eval_interval: int = 0  # evaluate each so many steps, and each minute; 0: each two readings
+    eval_interval: int = 0  # steps between evaluations, besides one a minute; 0: two epochs
     seed: int = 1  # seed of weights, batches and dropout
     device: str = "auto"  # where to compute: auto, cpu, cuda or mps
     dtype: str = "auto"  # format of matrix products: auto, float32, bfloat16 or float16
@@ -236,8 +236,8 @@ def save(out_dir, run, *parts):
     if rows and rows[-1]["val_loss"] == min(row["val_loss"] for row in rows):
         files = {"best.pt": run | {"states": states[:1]}} | files  # first: last.pt ends a save
     for name, content in files.items():  # under another name first: a file is all old or all new
-        with open(out_dir / "new.tmp", "wb") as file:
-            torch.save(content, file) if name.endswith(".pt") else file.write(content.encode())
+        torch.save(content, file := io.BytesIO())  # not to the disk: when full, it hides why
+        (out_dir / "new.tmp").write_bytes(file.getbuffer() if ".pt" in name else content.encode())
         os.replace(out_dir / "new.tmp", out_dir / name)
 
 def train_step(model, optimizers, data, config, step, done):
@@ -266,10 +266,10 @@ def train(config, saved=None):
     dtype = pick_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype)
     path, chars, data, val_data, sha256 = load_text(config.data)
     check(len(data) > config.block_size and len(val_data) > 1, "text too short: lower --block_size")
-    config = replace(config, vocab_size=len(chars), dtype=str(dtype).removeprefix("torch."))
+    config = replace(config, vocab_size=len(chars), dtype=str(dtype)[6:], seed=config.seed % 2**32)
     if WORLD > 1:
         check(not config.minutes, "several processes train for --max_iters, not for --minutes")
-        torch.accelerator.set_device_index(RANK if device.type == "cuda" else -1)  # -1: leave it
+        torch.cuda.set_device(int(TORCHRUN["LOCAL_RANK"]) if device.type == "cuda" else -1)
         distributed.init_process_group()
     torch.manual_seed(config.seed)
     model, data, val_data = GPT(config).to(device), data.to(device), val_data.to(device)
@@ -284,10 +284,10 @@ def train(config, saved=None):
         out_dir.mkdir(parents=True, exist_ok=True)
         check(not any(out_dir.glob("*.pt")), f"{out_dir} holds a run: --resume it, or name another")
         save(out_dir, run, model, *optimizers)
-    log(f"{device}, {config.dtype}, compile {config.compile}: {len(data):,} characters of {path}")
     step, loss, begin = run["step"], 0.0, time.perf_counter() - run["seconds"]
     done = run["seconds"] / 60 / config.minutes if config.minutes > 0 else step / config.max_iters
     check(done < 1, "this run is finished: --resume it with more --max_iters or --minutes")
+    log(f"{device}, {config.dtype}, compile {config.compile}: {len(data):,} characters of {path}")
     interval = config.eval_interval or 1 + 2 * len(data) // config.batch_size // config.block_size
     if config.compile != "off":
         try:
@@ -325,7 +325,7 @@ def sample_next(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
 @torch.inference_mode()
 def generate(model, idx, max_new_tokens=500, temperature=0.8, top_k=0, top_p=1.0, seed=1):
     """Go on from the last block_size of idx (B, T): yields max_new_tokens times one id (B, 1)."""
-    check(min(max_new_tokens, temperature, top_k) >= 0 < top_p <= 1, "a number is out of range")
+    check(min(temperature, max_new_tokens, top_k) >= 0 < top_p <= 1, "a number is out of range")
     idx, device = idx[:, -model.config.block_size:], model.head.weight.device
     cache, generator = KVCache(model.config, len(idx), device), torch.Generator().manual_seed(seed)
     for _ in range(max_new_tokens):

@@ -392,7 +392,7 @@ def main():
         result = KINDS[kind](gpt.Config(**config), device, gpt.pick_dtype(device), **options)
         print("\n" + json.dumps(result))
         return 0
-    jobs, values, failed = {} if args.table else plan(args, device), {}, 0
+    jobs, values, seeds, failed = {} if args.table else plan(args, device), {}, {}, 0
     shared = {"threads": torch.get_num_threads(), "torch": torch.__version__,
               "compiler cache": "empty",
               "date": time.strftime("%Y-%m-%d")}
@@ -410,11 +410,12 @@ def main():
                 failed += 1
                 continue
             figures, found = json.loads(done.stdout.splitlines()[-1])
+            seeds.setdefault(name, []).append(seed)
             for figure, value in figures.items():
                 values.setdefault(name, {}).setdefault(figure, []).append(value)
             source = Path(args.peer, "model.py") if "nanoGPT" in name else ROOT / "gpt.py"
             code = {"code": hashlib.sha256(source.read_bytes()).hexdigest()[:8],
-                    "seeds": args.seeds[:turn + 1]}
+                    "seeds": seeds[name]}
             shape = {word: getattr(config, key) for key, word in WORDS.items()}
             document = json.loads(args.out.read_text()) if args.out.exists() else {}
             document.setdefault(device_name(device), {})[name] = {

@@ -117,7 +117,9 @@ def main():
     found = {"device": device_name(DEVICE),
              "precision of training": runs[TEACHERS[0]]["config"]["dtype"],
              "threads": 1 if ON_CPU else None, "torch": torch.__version__, "plans": PLANS,
-             "data": path.name, "sha256": sha256, "rows": rows}
+             "data": path.name, "sha256": sha256, "rows": rows,
+             "commit": subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True,
+                                      capture_output=True).stdout.strip()}
     (ROOT / "outputs/best.json").write_text(json.dumps(found, indent=1))
 
 

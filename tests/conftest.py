@@ -1,7 +1,6 @@
 """Fixtures that the tests share: a small configuration, a seeded model, a text."""
 from dataclasses import replace
 from pathlib import Path
-import os
 import subprocess
 import sys
 
@@ -12,7 +11,6 @@ import gpt
 
 ROOT = Path(__file__).parent.parent
 PLAY = ROOT / "data/the_salt_tide.txt"
-os.environ["GPT_FAST"] = "1"  # for every notebook that a test runs
 
 
 @pytest.fixture

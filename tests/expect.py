@@ -27,7 +27,8 @@ def first_run(minutes):
                               capture_output=True, encoding="utf-8").stdout
         run = json.loads(Path(folder, "run.json").read_text(encoding="utf-8"))
     lines = [line for line in text.splitlines() if line]
-    return {"minutes": minutes, "steps": run["step"], "val_loss": run["val_loss"],
+    best = min(row["val_loss"] for row in run["metrics"])  # of best.pt, which has written
+    return {"minutes": minutes, "steps": run["step"], "val_loss": best,
             "train_loss": run["train_loss"], "dtype": run["config"]["dtype"], "text": lines[:3]}
 
 
@@ -43,7 +44,8 @@ def main():
         best = max(runs, key=lambda run: run["steps"])
         rows = sorted([row for row in rows if row["minutes"] != minutes] + [best],
                       key=lambda row: row["minutes"])
-        found = {"device": f"{os.cpu_count()} CPU cores", "torch": str(torch.__version__),
+        gpu = torch.cuda.is_available() and torch.cuda.get_device_name()
+        found = {"device": gpu or f"{os.cpu_count()} CPU cores", "torch": str(torch.__version__),
                  "rows": rows}
         args.out.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", "utf-8")
         print(best)

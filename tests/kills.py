@@ -79,7 +79,7 @@ def saved_step(out_dir):
     return torch.load(last, weights_only=True)["step"] if last.exists() else None
 
 
-def kill_runs(kills, steps, seed, folder, variants=tuple(VARIANTS)):
+def kill_runs(kills, steps, seed, folder, variants):
     """Number of runs that differ from the one left alone, after so many kills."""
     draw, whole, life, done, runs, wrong = random.Random(seed), {}, {}, 0, 0, 0
     while done < kills:

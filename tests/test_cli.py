@@ -183,8 +183,6 @@ MISTAKES = [  # words on the command line, what the line must name
     (("train", "--out_dir", "nothing", "--resume"), "last.pt"),
     (("train", "--out_dir", "run", "--resume"), "finished"),
     (("train", "--out_dir", "run", "--resume", "--n_layer", 2), "shape"),
-    (("train", "--out_dir", "run", "--resume", "--n_head", 1), "shape"),
-    (("train", "--out_dir", "run", "--resume", "--block_size", 8), "shape"),
     (("train", "--out_dir", "run", "--resume", "--data", "other.txt"), "another text"),
     (("generate", "--checkpoint", "missing.pt"), "missing.pt"),
     (("generate", "--checkpoint", "text.txt"), "no checkpoint"),
@@ -219,7 +217,7 @@ def test_a_mistake_is_one_line_status_2_and_changes_nothing(run, trained, tmp_pa
         if words[0] == "train" and "--resume" not in words and "--data" not in words:
             words = (*words, "--data", "text.txt")
         status, out, err = run(*words)
-        told = [line for line in err.splitlines() if not line.startswith("cpu, ")]
+        told = err.splitlines()
         assert (status, out.strip(), len(told)) == (2, "", 1), (words, err)
         assert told[0].startswith("error: ") and named in told[0], (words, err)
     after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}

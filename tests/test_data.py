@@ -29,16 +29,6 @@ def test_bundled_play_has_the_form_of_tiny_shakespeare():
     assert len(speeches) == len(set(speeches)) > 400
 
 
-def test_unknown_characters_are_named():
-    with pytest.raises(ValueError, match="'x', 'é'"):
-        gpt.encode("axébc", "abc")
-
-
-def test_nothing_is_no_text():
-    with pytest.raises(ValueError, match="empty"):
-        gpt.encode("", "abc")
-
-
 def test_split_is_disjoint_and_complete(text_file):
     text = text_file.read_text(encoding="utf-8")
     path, chars, train, val, sha256 = gpt.load_text(str(text_file))

@@ -125,7 +125,8 @@ def test_each_row_is_drawn_from_its_own_logits():
 
 
 @pytest.mark.parametrize("dials", [dict(max_new_tokens=-1), dict(temperature=-1), dict(top_k=-1),
-                                   dict(top_p=0), dict(top_p=2), dict(top_p=math.nan)])
+                                   dict(top_p=0), dict(top_p=2), dict(top_p=math.nan),
+                                   dict(temperature=math.nan)])
 def test_impossible_dials(model, dials):
     with pytest.raises(ValueError, match="out of range"):
         next(gpt.generate(model, torch.zeros(1, 1).long(), **dials))

@@ -113,10 +113,10 @@ FAULTS = {
     "the time that was used forgotten": ("time.perf_counter() - run[\"seconds\"]",
                                          "time.perf_counter()", LEFT),
     "saving straight into the file":
-        ("\"new.tmp\", \"wb\") as file:\n            torch.save(content, file) if name.endswith("
-         "\".pt\") else file.write(content.encode())\n        os.replace(out_dir / \"new.tmp\",",
-         "name, \"wb\") as file:\n            torch.save(content, file) if name.endswith(\".pt\") "
-         "else file.write(content.encode())\n        os.replace(out_dir / name,", FULL),
+        ("\"new.tmp\").write_bytes(file.getbuffer() if \".pt\" in name else content.encode())\n"
+         "        os.replace(out_dir / \"new.tmp\",",
+         "name).write_bytes(file.getbuffer() if \".pt\" in name else content.encode())\n"
+         "        os.replace(out_dir / name,", FULL),
     "another shape accepted": ("[config.n_layer, config.n_head, config.n_embd, config.block_size, "
                                "sha256]", "[sha256]", SHAPE),
     "a folder taken twice": ("not any(out_dir.glob(\"*.pt\"))", "True", SECOND),
@@ -133,7 +133,7 @@ for line in sys.stdin:
     for name, module in [*sys.modules.items()]:
         if (getattr(module, "__file__", None) or "").startswith(os.getcwd()):
             del sys.modules[name]
-    faulthandler.dump_traceback_later(300, exit=True)
+    faulthandler.dump_traceback_later(900, exit=True)
     status = pytest.main(["-x", "-p", "no:cacheprovider", *line.split()])
     print(f"\\nstatus {int(status)}", flush=True)
 """

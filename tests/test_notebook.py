@@ -54,8 +54,8 @@ def test_gpt_py_stays_small():
     assert fits(source), sizes(source)
     assert not fits(source + "x = 1\n" * 100)
     assert not fits(source + "#" * 101)
-    for line in source.splitlines():
-        assert not line.split("#")[0].rstrip().endswith(";"), line
+    starts = [node.lineno for node in ast.walk(ast.parse(source)) if isinstance(node, ast.stmt)]
+    assert len(starts) == len(set(starts))  # one statement on a line
 
 
 def names_used(source):
@@ -150,7 +150,6 @@ def test_nbval_fast_mode(folder):
 
 @pytest.mark.parametrize("flags, named", [
     (("-p", "max_itres", "50"), "max_itres is not a parameter"),
-    (("-p", "max_iters", "fifty"), "max_iters must be int"),
     (("-y", "learning_rate: 1e-3"), "learning_rate must be float"),
     (("-p", "max_iters", "false"), "max_iters must be int")])
 def test_papermill_stops_at_a_wrong_parameter(folder, flags, named):
