@@ -83,8 +83,8 @@ def expect():
 
 
 def measured(earlier=False):
-    """Of benchmarks.json, the rows that name no commit, or those that do: they are of an earlier
-    recipe."""
+    """Of benchmarks.json, the rows that name no commit, or those that do: they are of an older
+    gpt.py."""
     document = json.loads((ROOT / "outputs/benchmarks.json").read_text(encoding="utf-8"))
     chosen = {machine: {name: entry for name, entry in entries.items()
                         if ("commit" in entry["conditions"]) == earlier}
