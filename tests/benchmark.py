@@ -341,8 +341,8 @@ SHOWN = {"machine": [], "start": [],  # all their figures
                      "% in optimizers", "% in the rest"],
          "generate": ["engine", "batch", "tokens/s within", "tokens/s past",
                       "ms to first, prompt of 1"],
-         "target": ["minutes", "loss", "seeds", "s to target", "s of steps to target", "steps",
-                    "last val loss", "commit"]}
+         "target": ["minutes", "parameters", "seeds", "s to target", "s of steps to target",
+                    "steps", "last val loss", "commit"]}
 
 
 def tables(document):

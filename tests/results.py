@@ -63,9 +63,10 @@ def headline():
     row, pairs = (next(row for row in found["models"] if row["name"] == name)
                   for name in ("gpt.py", "bigram"))
     return textwrap.fill(
-        f"In its last complete run the notebook trained {row['parameters']:,} parameters for "
-        f"{row['seconds'] / 60:.0f} minutes on {found['device']} to **{row['val_loss']:.4f} nats "
-        "per character** on text that it had not seen; lower is better. Guessing blindly costs "
+        f"In its last complete run the notebook trained a model of {row['parameters']:,} "
+        f"parameters for {row['seconds'] / 60:.0f} minutes on {found['device']}. It reached "
+        f"**{row['val_loss']:.4f} nats per character** on text that it had not seen; lower is "
+        "better. Blind guessing costs "
         f"{math.log(65):.2f}, a table of letter pairs {pairs['val_loss']:.2f}, and nanoGPT's "
         "README reports 1.4697 as its best.",
         120, break_on_hyphens=False)
@@ -113,12 +114,12 @@ def in_short():
                             for engine in ("gpt.py, cached", "nanoGPT"))
             writing[size] = ours["tokens/s past"] / theirs["tokens/s past"]
         lines.append(
-            f"On {machine}, `gpt.py` trains {training[0.2]:.1f} times as fast as nanoGPT with "
-            f"dropout 0.2 in both, and {training[0.0]:.1f} times without dropout, compiled or not, "
-            f"whichever is faster for nanoGPT. It takes {memory[0.2][0]:,.0f} MiB where nanoGPT "
-            f"takes {memory[0.2][1]:,.0f}; without dropout, {memory[0.0][0]:,.0f} and "
-            f"{memory[0.0][1]:,.0f}. Past the window it writes one text {writing[1]:.1f} times as "
-            f"fast, and sixteen at once {writing[16]:.1f} times.")
+            f"On {machine}, with dropout 0.2 in both, `gpt.py` trains {training[0.2]:.1f} times as "
+            f"fast as nanoGPT, and without dropout {training[0.0]:.1f} times, each time against "
+            f"the faster of nanoGPT's two ways, compiled and not. It takes {memory[0.2][0]:,.0f} "
+            f"MiB, and nanoGPT {memory[0.2][1]:,.0f} in the way that takes less; without dropout, "
+            f"{memory[0.0][0]:,.0f} and {memory[0.0][1]:,.0f}. Past the window it writes one text "
+            f"{writing[1]:.1f} times as fast, and sixteen at once {writing[16]:.1f} times.")
     return "\n\n".join(textwrap.fill(line, 100, break_on_hyphens=False) for line in lines)
 
 
@@ -152,19 +153,20 @@ def report():
 
 Chapter 12 of the notebook shows this table. The forerunners are five small projects that this one
 grew out of, trained with the notebook's own classic code (`outputs/forerunners.json`; papermill
-with `-p rerun_forerunners True` makes it). Their seconds are not told, since they ran beside each
-other.
+with `-p rerun_forerunners True` makes it). Their times are not given, since they ran side by side.
 
 {others()}
 
 ## Speed and memory
 
-Medians of the repetitions, with their range: `python tests/benchmark.py --peer DIR`, DIR being a
-checkout of nanoGPT, measures into `outputs/benchmarks.json`. nanoGPT runs its own model and
-training step at the same shape in the same run. *nanogpt* is 6 layers, 6 heads, 384 channels,
-context 256; *gpt2* is 12 layers, 12 heads, 768 channels, context 1,024, with 65 characters. The
-rows of `gpt.py` were measured at commit 35c9463; the present one trains to the same weights in
-every bit, and its steps take the same time within 3 per cent.
+Medians of the repetitions, with their range. `python tests/benchmark.py --peer DIR` writes them to
+`outputs/benchmarks.json`; DIR is a checkout of nanoGPT. nanoGPT runs its own model and training
+step at the same shape in the same run. *nanogpt* is 6 layers, 6 heads, 384 channels, context 256;
+*gpt2* is 12 layers, 12 heads, 768 channels, context 1,024, with 65 characters. *Of the model* are
+products in the model's shapes, *square* those of large square matrices; *classic* is the GPT of
+chapter 6; *within* and *past* refer to the window. The rows of `gpt.py` were measured at commit
+35c9463; the present one trains to the same weights, bit for bit, and its steps take the same time
+within 3 per cent.
 
 {in_short()}
 
@@ -172,9 +174,9 @@ every bit, and its steps take the same time within 3 per cent.
 
 ## Measured earlier
 
-With earlier versions of `gpt.py`, of 542 to 636 lines. They trained by the same recipe. *s to
-target* asks how long `gpt.py train --minutes M` took, from the start of the process, to nanoGPT's
-1.4697 over the whole validation split; *missed* means that it did not get there.
+With earlier versions of `gpt.py`, of 542 to 636 lines, and their presets of the time. *s to target*
+asks how long `gpt.py train --minutes M` took, from the start of the process, to nanoGPT's 1.4697
+over the whole validation split. 0 minutes stand for the preset's number of steps.
 
 {benchmark.tables(measured(earlier=True)).strip()}
 
@@ -182,8 +184,8 @@ target* asks how long `gpt.py train --minutes M` took, from the start of the pro
 
 `python tests/best.py`, at commit {study().get("commit", "HEAD")}. Two models with 192 channels
 teach one with 256; half of its loss is the cross entropy against the mean of their predictions.
-*Untaught* models are the students without teachers. Last weights, not the best of many looks;
-minutes are of one core each.
+*Untaught* models are students without teachers. The losses are of the last weights, not of the best
+of many evaluations; minutes are for one core each.
 
 {best()}
 """
