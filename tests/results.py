@@ -57,6 +57,13 @@ def others():
     return "\n".join(lines)
 
 
+def precisions():
+    """Which forerunners were trained in float32; the others were in bfloat16."""
+    five = json.loads((ROOT / "outputs/forerunners.json").read_text(encoding="utf-8"))
+    names = [entry["name"].split(",")[0] for entry in five if entry["precision"] == "float32"]
+    return f"In float32: {', '.join(names)}; the others in bfloat16."
+
+
 def headline():
     """What README says first: the final model of the notebook's last complete run."""
     found = json.loads((ROOT / "outputs/results.json").read_text(encoding="utf-8"))
@@ -153,7 +160,9 @@ def report():
 
 Chapter 12 of the notebook shows this table. The forerunners are five small projects that this one
 grew out of, trained with the notebook's own classic code (`outputs/forerunners.json`; papermill
-with `-p rerun_forerunners True` makes it). Their times are not given, since they ran side by side.
+with `-p rerun_forerunners True` makes it). Their times are not given, since they ran on different
+machines, some side by side. *lecture GPT*, a run of several hours, used that program's loop with
+checkpoints added. {precisions()}
 
 {others()}
 
